@@ -1,0 +1,38 @@
+"""Markers, and the check of what was skipped against a committed list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+_skipped: dict[str, str] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--allowed-skips",
+        metavar="FILE",
+        help="fail the run if a test is skipped that FILE does not list (one node id a line)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "vm: boots a virtual machine")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped:
+        _skipped[report.nodeid] = str(report.longrepr)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    listing = session.config.getoption("--allowed-skips")
+    if listing is None:
+        return
+    allowed = set(Path(str(listing)).read_text(encoding="utf-8").split())
+    surprises = sorted(set(_skipped) - allowed)
+    for node in surprises:
+        print(f"\nskipped, and not on the list {listing}: {node}: {_skipped[node]}")
+    if surprises:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
