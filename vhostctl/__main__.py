@@ -1,0 +1,5 @@
+"""`python -m vhostctl`."""
+
+from vhostctl.cli.main import main
+
+main()

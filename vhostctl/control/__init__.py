@@ -1,0 +1,1 @@
+"""QEMU's role: negotiation, memory table, rings, bring-up, session."""

@@ -1,0 +1,81 @@
+"""The host's side of a tap: addresses, MTU, bridge, up; all of it with an undo."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from vhostctl.control.plan import Step
+from vhostctl.errors import InvalidArgument
+from vhostctl.host.links import Links
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSettings:
+    """What to make of a link; None or empty leaves it as it is."""
+
+    addresses: tuple[str, ...] = ()
+    mtu: int | None = None
+    bridge: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise InvalidArgument for an address or MTU that cannot be."""
+        for cidr in self.addresses:
+            try:
+                ipaddress.ip_interface(cidr)
+            except ValueError as error:
+                raise InvalidArgument(f"address {cidr!r}", hint="write 192.0.2.1/24") from error
+        if self.mtu is not None and not 68 <= self.mtu <= 65521:
+            raise InvalidArgument(f"MTU {self.mtu}", hint="a tap takes 68 to 65521 bytes")
+
+
+def link_steps(links: Links, name: str, settings: LinkSettings) -> Iterator[Step]:
+    """Yield the steps that apply `settings` to the link `name` and bring it up."""
+    if settings.mtu is not None:
+        yield _change(links, name, "mtu", settings.mtu, "MTU")
+    if settings.bridge is not None:
+        yield _change(links, name, "master", settings.bridge, "bridge")
+    # Before the addresses: going down, which is undone after them, takes IPv6 ones along.
+    yield _change(links, name, "state", "up", "state")
+    for cidr in settings.addresses:
+        added: list[str] = []
+        yield Step(
+            "add address",
+            name,
+            cidr,
+            partial(_add_address, links, name, cidr, added),
+            partial(_remove_address, links, name, added),
+        )
+
+
+def _change(links: Links, name: str, field: str, value: str | int, label: str) -> Step:
+    before: list[str | int] = []
+
+    def do() -> None:
+        state = links.state(name)
+        old: dict[str, str | int] = {
+            "mtu": state.mtu,
+            "master": state.master,
+            "state": "up" if state.up else "down",
+        }
+        before.append(old[field])
+        new = links.state(str(value)).index if field == "master" else value
+        links.change(name, **{field: new})
+
+    def undo() -> None:
+        if before:
+            links.change(name, **{field: before.pop()})
+
+    return Step(f"set {label}", name, str(value), do, undo)
+
+
+def _add_address(links: Links, name: str, cidr: str, added: list[str]) -> None:
+    links.add_address(name, cidr)
+    added.append(cidr)
+
+
+def _remove_address(links: Links, name: str, added: list[str]) -> None:
+    while added:
+        links.remove_address(name, added.pop())

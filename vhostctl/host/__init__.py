@@ -1,0 +1,1 @@
+"""One object per kernel thing, one owned descriptor each."""

@@ -1,0 +1,60 @@
+"""The one place that calls ioctl(2), and what to do about each refusal."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+from typing import Protocol
+
+from vhostctl.abi.ioctl import Request
+from vhostctl.errors import KernelError, kernel_error
+
+# What the caller can do about it, by request and errno. None stands for any request.
+_HINTS: dict[tuple[str | None, int], str] = {
+    ("VHOST_SET_OWNER", errno.EBUSY): "it has an owner already: open the node again",
+    ("VHOST_SET_OWNER", errno.ENOMEM): "the worker could not be made: raise RLIMIT_NPROC",
+    ("VHOST_SET_MEM_TABLE", errno.E2BIG): "merge regions, or raise vhost's max_mem_regions",
+    ("VHOST_SET_FEATURES", errno.EOPNOTSUPP): "see `vhostctl probe` for what it offers",
+    ("VHOST_NET_SET_BACKEND", errno.ENOTSOCK): "give it a tap, macvtap or packet socket",
+    ("VHOST_NET_SET_BACKEND", errno.EFAULT): "the rings lie outside the memory table",
+    ("VHOST_NET_SET_BACKEND", errno.EINVAL): "the tap descriptor has no device: TUNSETIFF first",
+    ("TUNSETIFF", errno.EPERM): "run with CAP_NET_ADMIN, or have the tap made for your user",
+    ("TUNSETIFF", errno.EBUSY): "somebody has the tap open: stop them, or take another name",
+    ("TUNSETIFF", errno.E2BIG): "a tap has at most 256 queues",
+    ("TUNSETIFF", errno.EINVAL): "the name is taken by another kind of device, or queues differ",
+    (None, errno.EPERM): "only the process that called VHOST_SET_OWNER may do this",
+}
+
+
+class Channel(Protocol):
+    """What answers requests: a descriptor, or an engine in this process."""
+
+    label: str
+
+    def ioctl(self, request: Request, argument: object) -> int:
+        """As ioctl(2): return its result, raise OSError with its errno."""
+        ...
+
+
+def ioctl(fd: int, request: Request, argument: object) -> int:
+    """Issue `request` on `fd`; `argument` is a ctypes object, an int or None.
+
+    Returns ioctl(2)'s result; raises OSError as it came.
+    """
+    number = 0 if argument is None else argument
+    return fcntl.ioctl(fd, request.number, number)  # type: ignore[call-overload, no-any-return]
+
+
+def refusal(error: OSError, request: str, target: str) -> KernelError:
+    """Return `error` as a KernelError that names request, target and remedy."""
+    number = error.errno or 0
+    general = _HINTS.get((None, number), "") if request.startswith("VHOST_") else ""
+    return kernel_error(number, request, target, _HINTS.get((request, number), general))
+
+
+def call(channel: Channel, request: Request, argument: object = None, part: str = "") -> int:
+    """Ask `channel` for `request`; `part` says which queue. Raises KernelError."""
+    try:
+        return channel.ioctl(request, argument)
+    except OSError as error:
+        raise refusal(error, request.name, f"{channel.label} {part}".rstrip()) from error
