@@ -1,0 +1,1 @@
+"""The other half of a virtqueue, in this process: a virtio-net driver over guest memory."""
