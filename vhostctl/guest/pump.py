@@ -11,7 +11,6 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from vhostctl.errors import InvalidArgument, kernel_error
@@ -40,12 +39,7 @@ class Loop:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _repeat(self, step: Callable[[], int], *queues: NetQueue) -> None:

@@ -183,7 +183,7 @@ static __attribute__((noinline)) void add_chain(struct net_queue *q, struct net_
 	}
 }
 
-/* Add the further buffers of a merged frame: `first` has `len` used bytes, `more` follow it. */
+/* Add `more` buffers to a merged frame; `len` is how much of the one before them was used. */
 static __attribute__((noinline)) int add_merged(struct net_queue *q, struct net_frame *f,
 					       uint32_t len, uint32_t more)
 {
