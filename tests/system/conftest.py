@@ -1,0 +1,73 @@
+"""Tests here need root, /dev/vhost-net and /dev/net/tun: they run inside a lab VM."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from vhostctl.host.netns import NetNamespace
+from vhostctl.host.worker import workers
+
+NODES = ("/dev/vhost-net", "/dev/net/tun")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = [node for node in NODES if not Path(node).exists()]
+    reason = f"no {' and no '.join(missing)}" if missing else "not root" if os.geteuid() else ""
+    for item in items:
+        if reason and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    """Wait for `condition`, for as long as an emulated machine may take."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class Possessions:
+    """What this process holds of the kernel."""
+
+    descriptors: dict[str, str]
+    threads: frozenset[str]
+    mappings: frozenset[str]
+    workers: frozenset[object]
+
+    @classmethod
+    def now(cls) -> Possessions:
+        descriptors = {}
+        for path in Path("/proc/self/fd").iterdir():
+            try:
+                descriptors[path.name] = str(path.readlink())
+            except OSError:
+                continue  # the descriptor that listed the folder
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        return cls(
+            descriptors={fd: name for fd, name in descriptors.items() if "/fd" not in name},
+            threads=frozenset(thread.name for thread in threading.enumerate()),
+            mappings=frozenset(line for line in maps if "vhostctl-guest-memory" in line),
+            workers=frozenset(workers()),
+        )
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fail if the test leaves a descriptor, thread, mapping or worker behind."""
+    before = Possessions.now()
+    yield
+    until(lambda: Possessions.now() == before, f"{Possessions.now()} as before: {before}")
+
+
+@pytest.fixture
+def namespace() -> Iterator[NetNamespace]:
+    with NetNamespace() as fresh:
+        yield fresh

@@ -1,0 +1,108 @@
+"""The selftest, in every combination of features, sizes and pairs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+
+from vhostctl.abi import virtio
+from vhostctl.cli.exitcodes import ExitCode
+from vhostctl.control.features import Policy
+from vhostctl.control.wiring import SessionConfig
+from vhostctl.errors import CheckFailed, NegotiationError
+from vhostctl.guest.streams import Stream
+from vhostctl.host.links import exists
+from vhostctl.jobs import hosttraffic
+from vhostctl.jobs.selftest import raise_for, selftest
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+FRAMES = 2000
+FEATURES = {
+    "mrg": virtio.VIRTIO_NET_F_MRG_RXBUF,
+    "event": virtio.VIRTIO_RING_F_EVENT_IDX,
+    "indirect": virtio.VIRTIO_RING_F_INDIRECT_DESC,
+}
+COMBINATIONS = [
+    pytest.param(queues, size, choices, id=f"{queues}x{size}-" + ("+".join(on) or "none"))
+    for queues, size, choices in itertools.product(
+        (1, 4), (64, 256, 1024), itertools.product((True, False), repeat=len(FEATURES))
+    )
+    for on in [[name for name, choice in zip(FEATURES, choices, strict=True) if choice]]
+]
+
+
+@pytest.mark.parametrize(("queues", "size", "choices"), COMBINATIONS)
+def test_every_frame_is_accounted_for(queues: int, size: int, choices: tuple[bool, ...]) -> None:
+    policy = Policy.of(zip(FEATURES.values(), choices, strict=True))
+    report = selftest(SessionConfig(queues=queues, queue_size=size, policy=policy), FRAMES)
+    assert report.problems == []
+    assert (report.to_guest.frames, report.to_host.frames) == (FRAMES, FRAMES)
+    assert report.to_guest.bytes == report.to_host.bytes > FRAMES
+    assert report.arp >= 1
+    assert report.neighbour >= 1
+    for bit, choice in zip(FEATURES.values(), choices, strict=True):
+        assert (virtio.FEATURE_NAMES[bit] in report.features) is choice
+
+
+def test_a_long_run_in_the_default_combination() -> None:
+    report = selftest(SessionConfig(), 100_000)
+    assert report.problems == []
+    assert (report.to_guest.frames, report.to_host.frames) == (100_000, 100_000)
+    assert report.kicks + report.calls < 200_000  # notifications are suppressed, not one each
+
+
+def test_a_changed_datagram_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Stream.payload
+
+    def forged(stream: Stream, k: int) -> bytes:
+        payload = honest(stream, k)
+        return payload[:-1] + bytes([payload[-1] ^ 1]) if k == 100 else payload
+
+    monkeypatch.setattr(Stream, "payload", forged)
+    report = selftest(SessionConfig(), 200)
+    assert report.problems == [
+        "1 datagrams changed to the guest",
+        "1 datagrams changed to the host",
+    ]
+    with pytest.raises(CheckFailed, match="1 datagrams changed"):
+        raise_for(report)
+
+
+def test_a_lost_datagram_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosttraffic, "PATIENCE", 2)
+    monkeypatch.setattr("vhostctl.jobs.selftest.PATIENCE", 2)
+    honest = Stream.version
+
+    def nowhere(stream: Stream, k: int) -> int:
+        # The host sends datagram 70 by the wrong family, and waits for it there.
+        return 10 - honest(stream, k) if k == 70 else honest(stream, k)
+
+    monkeypatch.setattr(Stream, "version", nowhere)
+    report = selftest(SessionConfig(), 200)
+    assert any("lost" in problem for problem in report.problems)
+
+
+def test_a_required_feature_that_is_missing_is_named() -> None:
+    policy = Policy.of([(virtio.VIRTIO_NET_F_MAC, True)])
+    with pytest.raises(NegotiationError, match="VIRTIO_NET_F_MAC"):
+        selftest(SessionConfig(policy=policy), 1)
+
+
+def test_the_command_prints_a_document_and_leaves_no_tap() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "vhostctl", "selftest", "--frames", "100", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == ExitCode.OK, run.stderr
+    document = json.loads(run.stdout)
+    assert document["schema"] == "vhostctl.selftest/1"
+    assert document["to_guest"]["frames"] == document["to_host"]["frames"] == 100
+    assert not exists("tap0")

@@ -1,0 +1,210 @@
+"""`vhostctl up`: every kind of guest, what is kept and what is removed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import until
+from vhostctl.abi import tun
+from vhostctl.cli.exitcodes import ExitCode
+from vhostctl.host.ioctl import call
+from vhostctl.host.links import Links, LinkState, exists
+from vhostctl.host.netns import NetNamespace
+from vhostctl.host.tap import Tap
+from vhostctl.jobs.hosttraffic import HostSockets
+
+VHOSTCTL = [sys.executable, "-m", "vhostctl"]
+
+
+@contextmanager
+def up(namespace: NetNamespace, *args: str) -> Iterator[subprocess.Popen[str]]:
+    process = namespace.run(
+        lambda: subprocess.Popen(
+            [*VHOSTCTL, "up", "demo", *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert "demo: tap0 is up" in line, process.communicate(timeout=60)
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
+
+
+def ended(process: subprocess.Popen[str], how: int = signal.SIGTERM) -> str:
+    process.send_signal(how)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.OK, error
+    return out
+
+
+def state(namespace: NetNamespace, name: str) -> LinkState:
+    def look() -> LinkState:
+        with Links() as links:
+            return links.state(name)
+
+    return namespace.run(look)
+
+
+def test_echo_answers_and_the_tap_goes(namespace: NetNamespace) -> None:
+    addresses = ("--addr", "192.0.2.1/24", "--addr", "2001:db8::1/64")
+    with up(namespace, "--tap", "tap0", "--queues", "2", *addresses) as process:
+        host = HostSockets(namespace.run)
+        assert host.ping(4, "192.0.2.2", [0, 56, 1400]) == 3
+        assert host.ping(6, "2001:db8::2", [0, 56, 1400]) == 3
+        with host.sender(4, "192.0.2.2", 4000) as sock:
+            sock.send(b"anybody there?")
+            assert sock.recv(100) == b"anybody there?"
+        out = ended(process)
+    assert "0 errors" in out
+    assert not namespace.run(lambda: exists("tap0"))
+
+
+def test_an_existing_tap_is_left_as_it_was(namespace: NetNamespace) -> None:
+    with namespace.run(lambda: Tap.open("tap0")) as tap:
+        call(tap.queues[0], tun.TUNSETPERSIST, 1)
+    before = state(namespace, "tap0")
+    assert not before.up
+    with up(namespace, "--tap", "tap0", "--addr", "192.0.2.1/24", "--mtu", "1400") as process:
+        during = state(namespace, "tap0")
+        assert during.up
+        assert during.mtu == 1400
+        assert HostSockets(namespace.run).ping(4, "192.0.2.2", [1300]) == 1
+        ended(process, signal.SIGINT)
+    assert state(namespace, "tap0") == before
+
+
+def test_sink_counts_what_it_drops(namespace: NetNamespace) -> None:
+    with up(namespace, "--tap", "tap0", "--guest", "sink") as process:
+        send_raw(namespace, "tap0", [b"\xff" * 6 + bytes(54)] * 50)
+        until(lambda: counters(namespace, "tap0") >= 50, "50 frames through the tap")
+        out = ended(process)
+    received = int(out.split("received ")[1].split()[0])
+    assert received >= 50
+
+
+def test_pcap_records_frames_whole(namespace: NetNamespace, tmp_path: Path) -> None:
+    file = tmp_path / "capture.pcap"
+    frames = [bytes([n]) * 6 + bytes(8) + bytes(range(n + 50)) for n in range(2, 100, 2)]
+    with up(namespace, "--tap", "tap0", "--guest", f"pcap:{file}") as process:
+        send_raw(namespace, "tap0", frames)
+        until(lambda: counters(namespace, "tap0") >= len(frames), "frames through the tap")
+        ended(process)
+    recorded = list(read_pcap(file.read_bytes()))
+    assert [frame for frame in recorded if frame in frames] == frames
+
+
+def test_forward_joins_the_tap_to_another_link(namespace: NetNamespace) -> None:
+    with NetNamespace() as other:
+        link_namespaces(namespace, other)
+        addresses = ("--addr", "192.0.2.1/24")
+        with up(namespace, "--tap", "tap0", "--guest", "forward:left", *addresses) as process:
+            assert HostSockets(namespace.run).ping(4, "192.0.2.7", [0, 56, 1400]) == 3
+            ended(process)
+
+
+def test_a_bridge_takes_the_tap_in(namespace: NetNamespace) -> None:
+    make_bridge(namespace)
+    bridge = state(namespace, "br0")
+    with up(namespace, "--tap", "tap0", "--bridge", "br0") as process:
+        assert state(namespace, "tap0").master == bridge.index
+        ended(process)
+
+
+@pytest.mark.parametrize("quarters", [0, 1, 2, 4, 8, 16, 24])
+def test_an_interrupt_at_any_moment_leaves_nothing(namespace: NetNamespace, quarters: int) -> None:
+    process = namespace.run(
+        lambda: subprocess.Popen(
+            [*VHOSTCTL, "up", "demo", "--tap", "tap0", "--addr", "192.0.2.1/24"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    until(lambda: "_native" in maps.read_text(), "vhostctl itself runs, not only the interpreter")
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(quarters / 4)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (ExitCode.OK, ExitCode.INTERRUPTED), error
+    assert "Traceback" not in error
+    assert not namespace.run(lambda: exists("tap0"))
+
+
+def send_raw(namespace: NetNamespace, link: str, frames: list[bytes]) -> None:
+    with namespace.run(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)) as sock:
+        sock.bind((link, 0))
+        for frame in frames:
+            sock.send(frame)
+
+
+def counters(namespace: NetNamespace, link: str) -> int:
+    def look() -> int:
+        with Links() as links:
+            return links.counters(link).tx_packets
+
+    return namespace.run(look)
+
+
+def read_pcap(data: bytes) -> Iterator[bytes]:
+    magic, major, minor, _, _, _, linktype = struct.unpack_from("=IHHiIII", data)
+    assert (magic, major, minor, linktype) == (0xA1B23C4D, 2, 4, 1)
+    position = 24
+    while position < len(data):
+        _, _, captured, length = struct.unpack_from("=IIII", data, position)
+        assert captured == length
+        yield data[position + 16 : position + 16 + captured]
+        position += 16 + captured
+
+
+def make_bridge(namespace: NetNamespace) -> None:
+    def make() -> None:
+        from pyroute2 import IPRoute
+
+        with IPRoute() as route:
+            route.link("add", ifname="br0", kind="bridge")
+
+    namespace.run(make)
+
+
+def link_namespaces(near: NetNamespace, far: NetNamespace) -> None:
+    """A veth pair: `left` in the one, `right` with an address in the other."""
+
+    def make() -> None:
+        from pyroute2 import IPRoute
+
+        with IPRoute() as route, open(fd_path, "rb") as target:
+            route.link("add", ifname="left", kind="veth", peer="right")
+            (right,) = route.link_lookup(ifname="right")
+            route.link("set", index=right, net_ns_fd=target.fileno())
+            (left,) = route.link_lookup(ifname="left")
+            route.link("set", index=left, state="up")
+
+    def address() -> None:
+        with Links() as links:
+            links.change("right", state="up")
+            links.add_address("right", "192.0.2.7/24")
+
+    fd = far.open()
+    fd_path = f"/proc/self/fd/{fd}"
+    try:
+        near.run(make)
+    finally:
+        os.close(fd)
+    far.run(address)

@@ -1,0 +1,1 @@
+"""click commands: parse, call, render; nothing else."""

@@ -1,0 +1,72 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import click
+
+from vhostctl.abi import virtio
+from vhostctl.control.features import Policy
+from vhostctl.control.netsetup import LinkSettings
+from vhostctl.host.vhost import DEFAULT_PATH
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+device = click.option(
+    "--device", default=DEFAULT_PATH, show_default=True, metavar="PATH", help="vhost-net node."
+)
+queues = click.option(
+    "--queues", default=1, show_default=True, metavar="N", help="Queue pairs, each with its device."
+)
+queue_size = click.option(
+    "--queue-size", default=256, show_default=True, metavar="N", help="Descriptors in each ring."
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+
+
+def link(function: Function) -> Function:
+    """Add what makes the host's side of a tap, handed on as `settings`."""
+
+    @functools.wraps(function)
+    def with_settings(
+        *args: Any,
+        addr: tuple[str, ...],
+        bridge: str | None,
+        mtu: int | None,
+        **kwargs: Any,
+    ) -> Any:
+        settings = LinkSettings(addresses=addr, mtu=mtu, bridge=bridge)
+        return function(*args, settings=settings, **kwargs)
+
+    for option in (
+        click.option("--mtu", type=int, metavar="BYTES", help="MTU of the tap."),
+        click.option("--bridge", metavar="BRIDGE", help="Bridge that the tap joins."),
+        click.option("--addr", multiple=True, metavar="CIDR", help="Address for the tap."),
+    ):
+        with_settings = option(with_settings)
+    return cast(Function, with_settings)
+
+
+def features(function: Function) -> Function:
+    """Add the three feature switches; without one of them the bit is taken if offered."""
+    for name, text in (
+        ("indirect", "Indirect descriptors."),
+        ("event-idx", "Event index: fewer kicks and calls."),
+        ("mrg-rxbuf", "Mergeable receive buffers."),
+    ):
+        function = click.option(f"--{name}/--no-{name}", default=None, help=text)(function)
+    return function
+
+
+def policy(mrg_rxbuf: bool | None, event_idx: bool | None, indirect: bool | None) -> Policy:
+    """Return what the three switches ask for."""
+    return Policy.of(
+        [
+            (virtio.VIRTIO_NET_F_MRG_RXBUF, mrg_rxbuf),
+            (virtio.VIRTIO_RING_F_EVENT_IDX, event_idx),
+            (virtio.VIRTIO_RING_F_INDIRECT_DESC, indirect),
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Whole jobs, put together from control/ and guest/: selftest, bench, up, run."""

@@ -1,0 +1,107 @@
+"""Open tap queues and vhost devices for a command that has no right to."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NoReturn
+
+from vhostctl.control.netsetup import LinkSettings, link_steps
+from vhostctl.control.plan import Plan
+from vhostctl.errors import InvalidArgument, kernel_error
+from vhostctl.host.links import Links
+from vhostctl.host.tap import Tap
+from vhostctl.host.vhost import VhostNet
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptors:
+    """Descriptor numbers that the command inherits, one of each kind a queue pair."""
+
+    tap: tuple[int, ...]
+    vhost: tuple[int, ...]
+
+    def values(self) -> dict[str, str]:
+        """Return what replaces each placeholder: numbers joined by colons, as QEMU reads them."""
+        return {
+            "tapfds": ":".join(map(str, self.tap)),
+            "vhostfds": ":".join(map(str, self.vhost)),
+        }
+
+
+def fill_in(argv: Sequence[str], descriptors: Descriptors) -> list[str]:
+    """Return `argv` with {tapfds} and {vhostfds} replaced wherever they stand."""
+    filled = list(argv)
+    for name, value in descriptors.values().items():
+        filled = [word.replace(f"{{{name}}}", value) for word in filled]
+    return filled
+
+
+def environment(descriptors: Descriptors) -> dict[str, str]:
+    """Return the environment of the command: ours, with TAPFDS and VHOSTFDS."""
+    return os.environ | {name.upper(): value for name, value in descriptors.values().items()}
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    tap: str,
+    device: str,
+    queues: int,
+    settings: LinkSettings,
+    user: str | None,
+) -> NoReturn:
+    """Become `argv` with the descriptors open; does not return.
+
+    The vhost devices are handed over without an owner, so that SET_OWNER happens in the
+    command. A tap that is made here is set up by `settings` and goes when the command
+    ends; one that was there is used as it is. Raises InvalidArgument (user, settings for
+    a tap that exists) and KernelError (tap, device, program); nothing is left then.
+    """
+    identity = None if user is None else _identity(user)
+    with ExitStack() as stack:
+        opened = stack.enter_context(Tap.open(tap, queues))
+        devices = [stack.enter_context(VhostNet.open(device)) for _ in range(queues)]
+        if opened.created:
+            with Links() as links:
+                Plan(link_steps(links, tap, settings)).run()
+        elif settings != LinkSettings():
+            raise InvalidArgument(f"tap {tap} exists and is used as it is", hint="set it up first")
+        descriptors = Descriptors(
+            tuple(queue.fileno() for queue in opened.queues),
+            tuple(device.fileno() for device in devices),
+        )
+        _become(fill_in(argv, descriptors), descriptors, identity)
+
+
+def _identity(user: str) -> pwd.struct_passwd:
+    try:
+        return pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+    except KeyError as error:
+        raise InvalidArgument(f"user {user!r}", hint="no such user here") from error
+
+
+def _become(
+    argv: list[str], descriptors: Descriptors, identity: pwd.struct_passwd | None
+) -> NoReturn:
+    for fd in (*descriptors.tap, *descriptors.vhost):
+        os.set_inheritable(fd, True)
+    variables = environment(descriptors)
+    try:
+        if identity is not None:
+            os.initgroups(identity.pw_name, identity.pw_gid)
+            os.setgid(identity.pw_gid)
+            os.setuid(identity.pw_uid)
+            variables |= {
+                "HOME": identity.pw_dir,
+                "LOGNAME": identity.pw_name,
+                "USER": identity.pw_name,
+            }
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec keeps that
+        os.execvpe(argv[0], argv, variables)  # noqa: S606 -- that is the command's job
+    except OSError as error:
+        raise kernel_error(error.errno or 0, "exec", argv[0], "check the command") from error

@@ -1,0 +1,152 @@
+"""A session with our driver at its other end: what every job starts from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self, TypeVar
+
+from vhostctl.abi import virtio
+from vhostctl.control.features import mask
+from vhostctl.control.netsetup import LinkSettings, link_steps
+from vhostctl.control.plan import Plan, Step
+from vhostctl.control.rings import place_rings
+from vhostctl.control.session import Session
+from vhostctl.control.wiring import SessionConfig
+from vhostctl.guest.driver import NetDriver
+from vhostctl.host.links import LinkCounters, Links, LinkState
+from vhostctl.host.netns import NetNamespace
+from vhostctl.host.tap import Tap
+
+T = TypeVar("T")
+
+ETHERNET_HEADER = 14
+# Unmerged buffers behind indirect tables take the most memory.
+_LARGEST = mask(virtio.VIRTIO_F_VERSION_1, virtio.VIRTIO_RING_F_INDIRECT_DESC)
+
+
+@dataclass(frozen=True, slots=True)
+class WireConfig:
+    """What to wire, and how: `buffer_size` bytes in each of the driver's buffers.
+
+    `isolated` puts the tap into a fresh namespace that ends with this process.
+    """
+
+    session: SessionConfig
+    link: LinkSettings = field(default_factory=LinkSettings)
+    buffer_size: int = 2048
+    isolated: bool = True
+
+    @property
+    def mtu(self) -> int:
+        """Bytes of IP in the longest frame."""
+        return self.link.mtu or 1500
+
+    def memory_size(self) -> int:
+        """Return the bytes of guest memory that rings and buffers need."""
+        rings = 2 * self.session.queues
+        _, end = place_rings(0, rings, self.session.queue_size)
+        arena = NetDriver.arena_size(
+            [self.session.queue_size] * rings,
+            _LARGEST,
+            self.buffer_size,
+            self.mtu + ETHERNET_HEADER,
+        )
+        return (end + arena + 0xFFFFF) & -0x100000
+
+
+class Wire:
+    """A tap, vhost-net and our driver; it runs inside a with block.
+
+    `driver` is the guest's side. `bring_up` is the seconds from nothing to running.
+    """
+
+    def __init__(self, config: WireConfig) -> None:
+        """Plan it; nothing is opened yet. Raises InvalidArgument."""
+        self.config = replace(
+            config, session=replace(config.session, memory_size=config.memory_size())
+        )
+        self.bring_up = 0.0
+        self.driver: NetDriver
+        self.namespace: NetNamespace | None = None
+        self._stack = ExitStack()
+        self._links = Links()
+        self.session = Session(self.config.session, open_tap=self._open_tap)
+        self._link_plan = Plan(link_steps(self._links, config.session.tap, config.link))
+
+    def plan(self) -> Iterator[Step]:
+        """Yield every step from nothing to running, in order."""
+        if self.config.isolated:
+            yield Step("unshare", "network namespace", "", self._isolate)
+        prepare, start = self.session.plan
+        yield from prepare
+        yield from self._link_plan.steps
+        yield Step("post receive buffers", f"{self.config.session.queues} pairs", "", self._drive)
+        yield from start
+
+    def _isolate(self) -> None:
+        self.namespace = self._stack.enter_context(NetNamespace())
+
+    def in_namespace(self, function: Callable[[], T]) -> T:
+        """Return function(), called where the tap is."""
+        return self.namespace.run(function) if self.namespace else function()
+
+    def counters(self) -> LinkCounters:
+        """Return the tap's counters on the host."""
+        return self.in_namespace(lambda: self._links.counters(self.config.session.tap))
+
+    def link_state(self) -> LinkState:
+        """Return what the tap is on the host."""
+        return self.in_namespace(lambda: self._links.state(self.config.session.tap))
+
+    def _open_tap(self) -> Tap:
+        session = self.config.session
+        return self.in_namespace(lambda: Tap.open(session.tap, session.queues))
+
+    def _drive(self) -> None:
+        session = self.session
+        self.driver = self._stack.enter_context(
+            NetDriver(
+                session,
+                session.pairs,
+                session.features,
+                session.arena,
+                buffer_size=self.config.buffer_size,
+                max_frame=self.config.mtu + ETHERNET_HEADER,
+            )
+        )
+
+    def __enter__(self) -> Self:
+        started = time.perf_counter()
+        try:
+            if self.config.isolated:
+                self._isolate()
+            self._stack.enter_context(self.session)
+            self._stack.callback(self.in_namespace, self._links.close)
+            self.in_namespace(self._links.open)
+            self._stack.callback(self.in_namespace, self._link_plan.undo)
+            self.in_namespace(self._link_plan.run)
+            self._drive()
+            self.session.start()
+            self._stack.callback(self._stop)
+            for pair in self.driver.pairs:
+                pair.start()
+        except BaseException:
+            self._stack.close()
+            raise
+        self.bring_up = time.perf_counter() - started
+        return self
+
+    def _stop(self) -> None:
+        self.session.stop()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
