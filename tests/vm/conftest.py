@@ -1,0 +1,55 @@
+"""Tests here boot virtual machines from the host."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from vhostctl.errors import EnvironmentMissing
+from vhostctl.lab import kernels
+from vhostctl.lab.kernels import Kernel
+from vhostctl.lab.vm import Machine
+
+ROOT = Path(__file__).parents[2]
+SERIES = os.environ.get("VHOSTCTL_TEST_KERNELS", "6.1").split()
+
+
+def fetched(series: str) -> Kernel:
+    try:
+        return kernels.find(series)
+    except EnvironmentMissing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(params=SERIES)
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    """Each kernel under test in turn."""
+    return fetched(str(request.param))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    stdout: str
+    stderr: str
+
+    def __str__(self) -> str:
+        return f"status {self.status}\n{self.stdout}\n{self.stderr}"
+
+
+Run = Callable[..., Outcome]
+
+
+def run(machine: Machine, argv: Sequence[str], timeout: float) -> Outcome:
+    """Run `argv` in the checkout, with the interpreter of this run first in PATH."""
+    out, error = bytearray(), bytearray()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    status = machine.run(
+        argv, cwd=ROOT, env={"PATH": path}, timeout=timeout, stdout=out.extend, stderr=error.extend
+    )
+    return Outcome(status, out.decode(errors="replace"), error.decode(errors="replace"))
