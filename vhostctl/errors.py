@@ -91,6 +91,14 @@ class KernelBlockingError(KernelError, BlockingIOError):
     """EAGAIN."""
 
 
+class KernelIsADirectoryError(KernelError, IsADirectoryError):
+    """EISDIR."""
+
+
+class KernelNotADirectoryError(KernelError, NotADirectoryError):
+    """ENOTDIR."""
+
+
 class KernelProcessLookupError(KernelError, ProcessLookupError):
     """ESRCH."""
 
@@ -110,6 +118,8 @@ _BY_ERRNO: dict[int, type[KernelError]] = {
     _errno.ENOENT: KernelFileNotFoundError,
     _errno.EEXIST: KernelFileExistsError,
     _errno.EAGAIN: KernelBlockingError,
+    _errno.EISDIR: KernelIsADirectoryError,
+    _errno.ENOTDIR: KernelNotADirectoryError,
     _errno.ESRCH: KernelProcessLookupError,
     _errno.EINTR: KernelInterruptedError,
     _errno.ETIMEDOUT: KernelTimeoutError,

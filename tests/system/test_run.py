@@ -103,7 +103,7 @@ def test_a_tap_that_cannot_serve_is_refused_with_the_remedy(namespace: NetNamesp
             "tap bare has no vnet_hdr; make it anew",
         ),
         ("single", 2, DEFAULT_PATH, nothing, ExitCode.USAGE, "has a single queue, 2 were asked"),
-        ("lo", 1, DEFAULT_PATH, nothing, ExitCode.FAILED, "the name belongs to another link"),
+        ("lo", 1, DEFAULT_PATH, nothing, ExitCode.USAGE, "the name belongs to another link"),
         ("single", 1, DEFAULT_PATH, LinkSettings(mtu=1400), ExitCode.USAGE, "tap single exists"),
         ("new", 1, "/nowhere", nothing, ExitCode.MISSING, "/nowhere: No such file"),
         ("new", 1, DEFAULT_PATH, LinkSettings(bridge="br9"), ExitCode.MISSING, "br9"),

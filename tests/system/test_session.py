@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.system.conftest import Possessions, until
-from vhostctl.control.plan import Step
+from vhostctl.control.plan import Plan, Step
 from vhostctl.control.session import Session, State
 from vhostctl.control.wiring import SessionConfig
 from vhostctl.errors import InvalidArgument, StateError
@@ -16,6 +16,8 @@ from vhostctl.host.memory import GuestMemory
 from vhostctl.host.netns import NetNamespace
 from vhostctl.host.tap import Tap
 from vhostctl.host.vhost import VhostNet
+from vhostctl.jobs.selftest import wire_config
+from vhostctl.jobs.wire import Wire
 
 CONFIG = SessionConfig(tap="tap0", queues=2, queue_size=64, memory_size=4 << 20)
 
@@ -78,28 +80,61 @@ def step_count() -> int:
     return sum(map(len, Session(CONFIG).plan))
 
 
-@pytest.mark.parametrize("interrupted", [False, True], ids=["before", "inside"])
-def test_failure_at_every_step_leaves_nothing(namespace: NetNamespace, interrupted: bool) -> None:
+@pytest.mark.parametrize("interrupted", [False, True], ids=["error", "interrupt"])
+def test_failure_before_every_step_leaves_nothing(
+    namespace: NetNamespace, interrupted: bool
+) -> None:
     before = Possessions.now()
     for failing in range(step_count()):
         seen: list[Step] = []
-        stop_at = failing if not interrupted else failing + 1
 
-        def observe(step: Step, seen: list[Step] = seen, stop_at: int = stop_at) -> None:
-            if len(seen) == stop_at:
+        def observe(step: Step, seen: list[Step] = seen, failing: int = failing) -> None:
+            if len(seen) == failing:
                 raise KeyboardInterrupt if interrupted else OSError("injected")
             seen.append(step)
 
         session = Session(
             CONFIG, open_tap=lambda: namespace.run(lambda: Tap.open("tap0", 2)), observe=observe
         )
-        if stop_at < step_count():
-            with pytest.raises((OSError, KeyboardInterrupt)), session:
-                session.start()
-        session.close()
-        assert len(seen) <= stop_at
+        with pytest.raises((OSError, KeyboardInterrupt)), session:
+            session.start()
+        assert len(seen) == failing
         assert not namespace.run(lambda: exists("tap0")), f"tap left after {seen[-1:]}"
         until(lambda: Possessions.now() == before, f"as before, after {seen[-1:]}")
+
+
+def test_the_plan_is_what_happens() -> None:
+    seen: list[str] = []
+    with Wire(wire_config(CONFIG), lambda step: seen.append(str(step))) as wire:
+        assert seen == [str(step) for step in wire.plan()]
+
+
+def test_failure_after_every_step_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of a selftest's bring-up, each step done and then failed."""
+    before = Possessions.now()
+    done: list[Step] = []
+    failing = 0
+
+    def run(plan: Plan, _observe: object = None) -> None:
+        try:
+            for step in plan.steps:
+                plan._done.append(step)
+                step.do()
+                done.append(step)
+                if len(done) == failing:
+                    raise OSError("injected")
+        except BaseException as error:
+            plan._undo_after(error)
+            raise
+
+    monkeypatch.setattr(Plan, "run", run)
+    total = len(list(Wire(wire_config(CONFIG)).plan()))
+    for failing in range(1, total + 1):
+        done.clear()
+        with pytest.raises(OSError, match="injected"), Wire(wire_config(CONFIG)):
+            pass
+        assert len(done) == failing
+        until(lambda: Possessions.now() == before, f"as before, after {done[-1]}")
 
 
 def test_a_kernel_that_refuses_a_step_leaves_nothing(namespace: NetNamespace) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -75,18 +76,54 @@ def test_echo_answers_and_the_tap_goes(namespace: NetNamespace) -> None:
     assert not namespace.run(lambda: exists("tap0"))
 
 
-def test_an_existing_tap_is_left_as_it_was(namespace: NetNamespace) -> None:
-    with namespace.run(lambda: Tap.open("tap0")) as tap:
+@dataclass(frozen=True)
+class Kept:
+    """What of a tap must be as it was."""
+
+    link: LinkState
+    addresses: frozenset[str]
+    header: int
+
+    @classmethod
+    def of(cls, namespace: NetNamespace, name: str) -> Kept:
+        def addresses() -> frozenset[str]:
+            from pyroute2 import IPRoute
+
+            index = socket.if_nametoindex(name)
+            with IPRoute() as route:
+                return frozenset(a.get_attr("IFA_ADDRESS") for a in route.get_addr(index=index))
+
+        with namespace.run(lambda: Tap.open(name)) as tap:
+            header = tap.queues[0].vnet_hdr_size()
+        return cls(state(namespace, name), namespace.run(addresses), header)
+
+
+def persistent_tap(namespace: NetNamespace, name: str) -> None:
+    with namespace.run(lambda: Tap.open(name)) as tap:
         call(tap.queues[0], tun.TUNSETPERSIST, 1)
-    before = state(namespace, "tap0")
-    assert not before.up
-    with up(namespace, "--tap", "tap0", "--addr", "192.0.2.1/24", "--mtu", "1400") as process:
+
+    def configure() -> None:
+        with Links() as links:
+            links.change(name, mtu=1300)
+            links.add_address(name, "198.51.100.1/24")
+
+    namespace.run(configure)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_existing_tap_is_left_as_it_was(namespace: NetNamespace, how: int) -> None:
+    persistent_tap(namespace, "tap0")
+    before = Kept.of(namespace, "tap0")
+    assert (before.link.up, before.header) == (False, 10)
+    addresses = ["--addr", "192.0.2.1/24", "--addr", "198.51.100.1/24"]
+    with up(namespace, "--tap", "tap0", "--mtu", "1400", *addresses) as process:
         during = state(namespace, "tap0")
         assert during.up
         assert during.mtu == 1400
         assert HostSockets(namespace.run).ping(4, "192.0.2.2", [1300]) == 1
-        ended(process, signal.SIGINT)
-    assert state(namespace, "tap0") == before
+        process.send_signal(how)
+        ended(process, how)
+    assert Kept.of(namespace, "tap0") == before
 
 
 def test_sink_counts_what_it_drops(namespace: NetNamespace) -> None:
@@ -127,24 +164,27 @@ def test_a_bridge_takes_the_tap_in(namespace: NetNamespace) -> None:
 
 
 @pytest.mark.parametrize("quarters", [0, 1, 2, 4, 8, 16, 24])
-def test_an_interrupt_at_any_moment_leaves_nothing(namespace: NetNamespace, quarters: int) -> None:
+def test_an_interrupt_at_any_moment_leaves_the_tap(namespace: NetNamespace, quarters: int) -> None:
+    persistent_tap(namespace, "tap0")
+    before = Kept.of(namespace, "tap0")
     process = namespace.run(
         lambda: subprocess.Popen(
-            [*VHOSTCTL, "up", "demo", "--tap", "tap0", "--addr", "192.0.2.1/24"],
+            [*VHOSTCTL, "up", "demo", "--tap", "tap0", "--addr", "192.0.2.1/24", "--mtu", "1400"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
     )
-    maps = Path(f"/proc/{process.pid}/maps")
-    until(lambda: "_native" in maps.read_text(), "vhostctl itself runs, not only the interpreter")
+    proc = Path(f"/proc/{process.pid}")
+    until(lambda: b"demo" in (proc / "cmdline").read_bytes(), "it is no fork of this process")
+    until(lambda: "_native" in (proc / "maps").read_text(), "vhostctl runs, not only Python")
     with suppress(subprocess.TimeoutExpired):
         process.wait(quarters / 4)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode in (ExitCode.OK, ExitCode.INTERRUPTED), error
     assert "Traceback" not in error
-    assert not namespace.run(lambda: exists("tap0"))
+    assert Kept.of(namespace, "tap0") == before
 
 
 def send_raw(namespace: NetNamespace, link: str, frames: list[bytes]) -> None:

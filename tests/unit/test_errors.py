@@ -30,6 +30,8 @@ from vhostctl.host.vhost import VhostNet
         errno.ENOENT,
         errno.EEXIST,
         errno.EAGAIN,
+        errno.EISDIR,
+        errno.ENOTDIR,
         errno.ESRCH,
         errno.EINTR,
         errno.ETIMEDOUT,

@@ -47,7 +47,7 @@ def bench(
         queue_size=queue_size,
         policy=options.policy(mrg_rxbuf, event_idx, indirect),
     )
-    directions = ["tx", "rx"] if direction == "both" else [direction]
+    directions = ["rx", "tx"] if direction == "both" else [direction]  # rx may lack its sender
     with render.progress("bench", seconds * len(directions)) as progress:
         results = [job.bench(config, name, frame, seconds, progress) for name in directions]
     if as_json:

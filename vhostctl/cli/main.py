@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from vhostctl.cli.exitcodes import ExitCode, exit_code
-from vhostctl.errors import VhostctlError
+from vhostctl.errors import VhostctlError, kernel_error
 
 _COMMANDS = ("bench", "lab", "probe", "run", "selftest", "up")
 
@@ -45,6 +45,11 @@ class _Main(click.Group):
             return super().invoke(ctx)
         except VhostctlError as error:
             raise _Refused(error) from error
+        except BrokenPipeError:
+            raise  # click ends quietly when nobody reads any more
+        except OSError as error:
+            target = str(error.filename or "vhostctl")
+            raise _Refused(kernel_error(error.errno or 0, "system call", target)) from error
         except KeyboardInterrupt:
             ctx.exit(ExitCode.INTERRUPTED)
 

@@ -9,7 +9,7 @@ from vhostctl.control.netsetup import LinkSettings
 from vhostctl.jobs.run import run as become
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(context_settings={"allow_interspersed_args": False})
 @click.option("--tap", required=True, metavar="NAME", help="Tap; made if it is missing.")
 @options.device
 @options.queues

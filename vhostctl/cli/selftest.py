@@ -18,7 +18,7 @@ from vhostctl.jobs.selftest import SelftestReport
 @options.queue_size
 @options.features
 @click.option(
-    "--frames", default=2000, show_default=True, metavar="N", help="Datagrams to send each way."
+    "--frames", default=3000, show_default=True, metavar="N", help="Datagrams to send each way."
 )
 @options.as_json
 @click.option("--dry-run", is_flag=True, help="Print the steps of bring-up and take none.")
@@ -54,7 +54,10 @@ def selftest(
     with render.progress("datagrams", 2 * frames) as progress:
         report = job.selftest(config, frames, progress)
     if as_json:
-        render.json_document("selftest/1", dataclasses.asdict(report))
+        data = dataclasses.asdict(report)
+        for name, tally in (("to_guest", report.to_guest), ("to_host", report.to_host)):
+            data[name]["lost"] = tally.lost
+        render.json_document("selftest/1", data)
     else:
         render.table(_rows(report), title=f"{report.device} on Linux {report.kernel}")
     job.raise_for(report)

@@ -81,6 +81,9 @@ def up(
                 now = running.traffic()
                 show(f"{name}: {_rates(before, now)}")
                 before = now
+        # What is undone now must not be left half-way by the next ctrl-C.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         total = running.traffic()
     click.echo(
         f"{name}: down; guest received {total.rx_frames} frames, {total.rx_bytes} bytes, "

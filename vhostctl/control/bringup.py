@@ -44,6 +44,7 @@ def prepare_steps(wiring: Wiring) -> Iterator[Step]:
             f"{config.tap} queue {pair}",
             "as negotiated",
             partial(wiring.configure_tap, pair),
+            partial(wiring.restore_tap, pair),
         )
         yield Step("VHOST_SET_FEATURES", name, "as negotiated", partial(_features, wiring, pair))
         yield Step("VHOST_SET_MEM_TABLE", name, "", partial(_mem_table, wiring, pair))

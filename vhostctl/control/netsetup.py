@@ -72,7 +72,10 @@ def _change(links: Links, name: str, field: str, value: str | int, label: str) -
 
 
 def _add_address(links: Links, name: str, cidr: str, added: list[str]) -> None:
-    links.add_address(name, cidr)
+    try:
+        links.add_address(name, cidr)
+    except FileExistsError:
+        return  # the link has it already, so it is not ours to remove
     added.append(cidr)
 
 

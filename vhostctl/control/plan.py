@@ -56,7 +56,7 @@ class Plan:
                 continue
             try:
                 step.undo()
-            except Exception as error:  # noqa: BLE001 -- the steps below must be undone too
+            except BaseException as error:  # noqa: BLE001 -- the steps below must be undone too
                 failure = failure or error
         if failure is not None:
             raise failure
@@ -64,5 +64,5 @@ class Plan:
     def _undo_after(self, error: BaseException) -> None:
         try:
             self.undo()
-        except Exception as second:  # noqa: BLE001 -- the first error is the one to report
+        except BaseException as second:  # noqa: BLE001 -- the first error is the one to report
             error.add_note(f"while undoing: {second}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from vhostctl.abi.ioctl import Request
 from vhostctl.errors import KernelError
 from vhostctl.host import module, worker
 from vhostctl.host.vhost import DEFAULT_PATH, VhostNet
+
+_ROOM = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +71,18 @@ def _requests(device: VhostNet) -> dict[str, bool]:
 
 
 def _answers(device: VhostNet, request: Request) -> bool:
-    """Ask with a zeroed argument, descriptors -1: only an unknown request gives ENOTTY."""
-    argument = None if request.argument is None else request.argument()
-    if isinstance(argument, vhost.vhost_vring_file):
-        argument.fd = vhost.VHOST_FILE_UNBIND
-    if request is vhost.VHOST_SET_LOG_FD:
-        argument = request.argument(vhost.VHOST_FILE_UNBIND) if request.argument else None
+    """Ask with a zeroed argument, descriptors -1: only an unknown request gives ENOTTY.
+
+    An unknown request reads a ring index from the argument, so there are always bytes for it.
+    """
+    argument = None
+    if request.argument is not None:
+        argument = (ctypes.c_uint8 * max(_ROOM, ctypes.sizeof(request.argument)))()
+        typed = request.argument.from_buffer(argument)
+        if isinstance(typed, vhost.vhost_vring_file):
+            typed.fd = vhost.VHOST_FILE_UNBIND
+        elif isinstance(typed, ctypes.c_int):
+            typed.value = vhost.VHOST_FILE_UNBIND
     try:
         device.request(request, argument)
     except KernelError as error:

@@ -31,7 +31,7 @@ class Session:
     `prepare()` opens what it was not handed and tells every device about features and
     memory. `start()` places the rings and attaches the tap; `stop()` detaches it and
     returns where each ring stands, for the next `start()`. What was handed in is used
-    and left open. Not synchronised: one thread at a time.
+    and left open; a device keeps us as its owner. Not synchronised: one thread at a time.
     """
 
     def __init__(

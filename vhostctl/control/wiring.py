@@ -51,10 +51,7 @@ class Memory(Protocol):
 
     @property
     def regions(self) -> Sequence[Region]:
-        """Its regions."""
-
-    def close(self) -> None:
-        """Unmap it."""
+        """Its regions; the rings go into the lowest one."""
 
 
 @dataclass(slots=True)
@@ -117,6 +114,7 @@ class Wiring:
     ) -> None:
         self.config = config
         self.memory = memory
+        self._mapped: GuestMemory | None = None
         self.tap = tap
         self.vhost = list(vhost)
         self.queues: list[VirtQueue] = []
@@ -124,23 +122,26 @@ class Wiring:
         self.negotiated = Negotiated(0, 0, 0, 0)
         self.arena = (0, 0)
         self.attached: set[tuple[int, int]] = set()
+        self._tap_before: dict[int, tuple[int, int]] = {}
         self._open_tap = open_tap or (lambda: Tap.open(config.tap, config.queues))
 
     def map_memory(self) -> None:
         """Map guest memory of our own."""
-        self.memory = GuestMemory.anonymous(self.config.memory_size)
+        self.memory = self._mapped = GuestMemory.anonymous(self.config.memory_size)
 
     def unmap_memory(self) -> None:
         """Undo `map_memory`."""
-        if self.memory is not None:
-            self.memory.close()
-            self.memory = None
+        if self._mapped is not None:
+            self._mapped.close()
+            self.memory = self._mapped = None
 
     def place(self) -> None:
         """Build the memory table; lay the rings and their eventfds out from its start."""
         if self.memory is None:
             raise StateError("the rings cannot be placed before there is memory")
         self.table = MemoryTable(self.memory.regions, module.max_mem_regions())
+        if not self.table.regions:
+            raise InvalidArgument("the guest has no memory", hint="give it at least one region")
         first = self.table.regions[0]
         rings, end = place_rings(first.gpa, 2 * self.config.queues, self.config.queue_size)
         self.arena = (end, first.gpa + first.size - end)
@@ -171,7 +172,8 @@ class Wiring:
 
     def open_vhost(self) -> None:
         """Open one more vhost device."""
-        self.vhost.append(VhostNet.open(self.config.device))
+        label = f"{self.config.device} (pair {len(self.vhost)})"
+        self.vhost.append(VhostNet.open(self.config.device, label))
 
     def close_vhost(self, pair: int) -> None:
         """Undo the `open_vhost` of `pair`."""
@@ -190,9 +192,21 @@ class Wiring:
     def configure_tap(self, pair: int) -> None:
         """Make the tap's queue agree with what was negotiated."""
         queue = self.tap_queue(pair)
+        self._tap_before[pair] = (queue.vnet_hdr_size(), queue.sndbuf())
         queue.set_vnet_hdr_size(self.negotiated.header_size)
         queue.set_offload(self.negotiated.offload)
         queue.set_sndbuf(self.config.sndbuf)
+
+    def restore_tap(self, pair: int) -> None:
+        """Undo `configure_tap`: a tap that outlives us has its header size back.
+
+        Offloads cannot be asked for; they stay as they were negotiated.
+        """
+        before = self._tap_before.pop(pair, None)
+        if before is not None and self.tap is not None:
+            header, sndbuf = before
+            self.tap.queues[pair].set_vnet_hdr_size(header)
+            self.tap.queues[pair].set_sndbuf(sndbuf)
 
     def tap_queue(self, pair: int) -> TapQueue:
         """Return the tap's queue that serves `pair`."""
@@ -204,7 +218,7 @@ class Wiring:
         """VHOST_SET_VRING_ADDR from the placement."""
         queue = self.queues[2 * pair + ring]
         parts = {
-            name: self.table.hva(gpa, length, f"queue {ring} {name}")
+            name: self.table.hva(gpa, length, f"queue {2 * pair + ring} {name}")
             for name, (gpa, length) in queue.placement.parts().items()
         }
         self.vhost[pair].set_vring_addr(ring, **parts)

@@ -12,6 +12,7 @@ from vhostctl.errors import KernelError, kernel_error
 # What the caller can do about it, by request and errno. None stands for any request.
 _HINTS: dict[tuple[str | None, int], str] = {
     ("VHOST_SET_OWNER", errno.EBUSY): "it has an owner already: open the node again",
+    ("VHOST_SET_OWNER", errno.ENOTTY): "the path is no vhost device",
     ("VHOST_SET_OWNER", errno.ENOMEM): "the worker could not be made: raise RLIMIT_NPROC",
     ("VHOST_SET_MEM_TABLE", errno.E2BIG): "merge regions, or raise vhost's max_mem_regions",
     ("VHOST_SET_FEATURES", errno.EOPNOTSUPP): "see `vhostctl probe` for what it offers",

@@ -34,10 +34,8 @@ class LinkCounters:
     """A link's counters, as the host sees them: `rx` came out of the tap's guest."""
 
     rx_packets: int
-    rx_bytes: int
     rx_dropped: int
     tx_packets: int
-    tx_bytes: int
     tx_dropped: int
 
 

@@ -29,16 +29,18 @@ class MappedRegion:
             )
         self.gpa = gpa
         self.size = size
-        fd = os.memfd_create("vhostctl-guest-memory", os.MFD_CLOEXEC)
+        self._map: mmap.mmap | None = None
         try:
-            os.ftruncate(fd, size)
-            self._map: mmap.mmap | None = mmap.mmap(fd, size, mmap.MAP_SHARED)
+            fd = os.memfd_create("vhostctl-guest-memory", os.MFD_CLOEXEC)
+            try:
+                os.ftruncate(fd, size)
+                self._map = mmap.mmap(fd, size, mmap.MAP_SHARED)
+            finally:
+                os.close(fd)
         except OSError as error:
             raise kernel_error(
                 error.errno or 0, "mmap", f"{size} bytes of guest memory", "ask for less memory"
             ) from error
-        finally:
-            os.close(fd)
         anchor = ctypes.c_char.from_buffer(self._map)
         self.hva = ctypes.addressof(anchor)
         del anchor  # it would keep the mapping from being closed

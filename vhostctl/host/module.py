@@ -14,11 +14,6 @@ def kernel_release() -> str:
     return os.uname().release
 
 
-def is_loaded(module: str) -> bool:
-    """Return whether `module` is loaded or built in with parameters."""
-    return (_SYS_MODULE / module).is_dir()
-
-
 def parameters(module: str) -> dict[str, str]:
     """Return the readable parameters of `module` by name; empty if it is not loaded."""
     found: dict[str, str] = {}

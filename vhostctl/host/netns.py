@@ -43,7 +43,7 @@ class NetNamespace:
     def run(self, function: Callable[[], T]) -> T:
         """Return function(), called inside the namespace; its exceptions come through.
 
-        Keep it short: an interrupt is not seen before it returns.
+        Keep it short: an interrupt ends the wait for it, and not the function.
         """
         return self._thread.submit(function).result()
 

@@ -20,7 +20,8 @@ def _hint(path: str, number: int) -> str:
         errno.ENOENT: load,
         errno.ENODEV: load,
         errno.ENXIO: load,
-        errno.EACCES: "run as root, or join the group that owns the node (kvm on Debian)",
+        errno.EACCES: "run as root, or as a member of the group that owns the node",
+        errno.EMFILE: "raise the limit of open files (ulimit -n)",
         errno.EPERM: "the device cgroup or a security module denies it",
     }.get(number, "")
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 from types import TracebackType
 from typing import Self
 
 from vhostctl.abi import tun
-from vhostctl.errors import InvalidArgument, kernel_error
+from vhostctl.abi.ioctl import Request
+from vhostctl.errors import InvalidArgument
 from vhostctl.host import links
 from vhostctl.host.ioctl import call
 from vhostctl.host.node import DeviceNode
@@ -35,6 +35,19 @@ class TapQueue(DeviceNode):
     def set_vnet_hdr_size(self, size: int) -> None:
         """TUNSETVNETHDRSZ: bytes of virtio_net header before each frame, 10 or 12."""
         call(self, tun.TUNSETVNETHDRSZ, ctypes.c_int(size))
+
+    def vnet_hdr_size(self) -> int:
+        """TUNGETVNETHDRSZ: bytes of virtio_net header before each frame."""
+        return self._get(tun.TUNGETVNETHDRSZ)
+
+    def sndbuf(self) -> int:
+        """TUNGETSNDBUF: bytes that may be in flight towards the host."""
+        return self._get(tun.TUNGETSNDBUF)
+
+    def _get(self, request: Request) -> int:
+        value = ctypes.c_int()
+        call(self, request, value)
+        return value.value
 
     def set_sndbuf(self, size: int) -> None:
         """TUNSETSNDBUF: bytes in flight towards the host; `UNLIMITED` allows batches."""
@@ -63,8 +76,14 @@ class Tap:
         Every queue carries the virtio_net header and no packet information. Raises
         InvalidArgument (name, number of queues, a tap that cannot serve) and KernelError.
         """
-        if not 1 <= len(name.encode()) < tun.IFNAMSIZ or "/" in name or name.split() != [name]:
-            raise InvalidArgument(f"{name!r} is no link name", hint="1 to 15 bytes, no space or /")
+        if (
+            not 1 <= len(name.encode()) < tun.IFNAMSIZ
+            or name.split() != [name]
+            or set(name) & set("/%:")
+        ):
+            raise InvalidArgument(
+                f"{name!r} is no link name", hint="1 to 15 bytes, no space, / % or :"
+            )
         if not 1 <= queues <= MAX_QUEUES:
             raise InvalidArgument(f"{name}: {queues} queues", hint=f"a tap has 1 to {MAX_QUEUES}")
         created = not links.exists(name)
@@ -104,7 +123,7 @@ def _check_existing(name: str, queues: int) -> bool:
     with links.Links() as table:
         state = table.state(name)
     if state.kind != "tun":
-        raise kernel_error(errno.EINVAL, "TUNSETIFF", name, "the name belongs to another link")
+        raise InvalidArgument(f"{name} is no tap", hint="the name belongs to another link")
     again = f"ip tuntap add dev {name} mode tap vnet_hdr" + (" multi_queue" if queues > 1 else "")
     if not state.vnet_hdr:
         raise InvalidArgument(f"tap {name} has no vnet_hdr", hint=f"make it anew: {again}")

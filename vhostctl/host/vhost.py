@@ -63,9 +63,14 @@ class VhostNet:
         self._channel = channel
 
     @classmethod
-    def open(cls, path: str = DEFAULT_PATH) -> Self:
-        """Open the device node `path`. Raises KernelError (ENOENT, EACCES...)."""
-        return cls(DeviceNode(path))
+    def open(cls, path: str = DEFAULT_PATH, label: str = "") -> Self:
+        """Open the device node `path`; `label` is what errors call it, the path without it.
+
+        Raises KernelError (ENOENT, EACCES...).
+        """
+        node = DeviceNode(path)
+        node.label = label or path
+        return cls(node)
 
     @property
     def label(self) -> str:
@@ -136,13 +141,13 @@ class VhostNet:
 
     def get_fork_from_owner(self) -> bool:
         """VHOST_GET_FORK_FROM_OWNER: True if the worker will be a thread of the owner."""
-        value = ctypes.c_uint8()
+        value = _padded(0)
         self.request(vhost.VHOST_GET_FORK_FROM_OWNER, value)
-        return bool(value.value)
+        return bool(value[0])
 
     def set_fork_from_owner(self, thread: bool) -> None:
         """VHOST_SET_FORK_FROM_OWNER, before `set_owner`: thread of the owner, or kthread."""
-        self.request(vhost.VHOST_SET_FORK_FROM_OWNER, ctypes.c_uint8(thread))
+        self.request(vhost.VHOST_SET_FORK_FROM_OWNER, _padded(thread))
 
     def set_mem_table(self, regions: Iterable[Region]) -> None:
         """VHOST_SET_MEM_TABLE: replace the memory table, all or nothing."""
@@ -231,3 +236,8 @@ class VhostNet:
 
 def _or_none(fd: int | None) -> int:
     return vhost.VHOST_FILE_UNBIND if fd is None else fd
+
+
+def _padded(value: int) -> ctypes.Array[ctypes.c_uint8]:
+    """A byte and zeroes: a kernel that does not know the request reads a ring index here."""
+    return (ctypes.c_uint8 * 8)(value)

@@ -10,7 +10,7 @@ from typing import Self
 
 from vhostctl.control.netsetup import LinkSettings
 from vhostctl.control.wiring import SessionConfig
-from vhostctl.errors import InvalidArgument
+from vhostctl.errors import CheckFailed, EnvironmentMissing, InvalidArgument
 from vhostctl.guest.config import QueueStats
 from vhostctl.guest.driver import QueuePair
 from vhostctl.guest.pump import Sink, Transmitter
@@ -84,6 +84,10 @@ def bench(
     with ExitStack() as stack:
         wire = stack.enter_context(Wire(config))
         served = worker.workers() - workers
+        if not served:
+            raise EnvironmentMissing(
+                "no vhost worker was found", hint="run outside of a PID namespace"
+            )
         for found in served:
             worker.schedule_as_batch(found)
         tids = [found.tid for found in served]
@@ -103,7 +107,10 @@ def bench(
             before = _Snapshot.take(pair, running.tid, tids, senders)
             _let_run(seconds, progress)
             running.check()
-            return before.until(_Snapshot.take(pair, running.tid, tids, senders), direction)
+            result = before.until(_Snapshot.take(pair, running.tid, tids, senders), direction)
+    if not result.frames:
+        raise CheckFailed(f"not one frame went through ({direction})")
+    return result
 
 
 def _let_run(seconds: float, progress: Callable[[float], None]) -> None:

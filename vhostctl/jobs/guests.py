@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from io import BufferedWriter
 from pathlib import Path
 from typing import Self
 
@@ -71,14 +70,28 @@ class GuestIdentity:
         """
         chosen: dict[int, str] = {}
         for cidr in addresses:
-            address = ipaddress.ip_interface(cidr).ip
-            chosen.setdefault(address.version, str(address + 1))
+            interface = ipaddress.ip_interface(cidr)
+            chosen.setdefault(interface.version, _next_address(interface))
         digest = hashlib.sha256(name.encode()).digest()
         return cls(
             mac=b"\x02" + digest[:5] if mac is None else parse_mac(mac),
             ipv4=chosen.get(4),
             ipv6=chosen.get(6),
         )
+
+
+def _next_address(interface: ipaddress.IPv4Interface | ipaddress.IPv6Interface) -> str:
+    network = interface.network
+    if interface.ip == network.broadcast_address or interface.ip + 1 not in network:
+        raise InvalidArgument(
+            f"{interface} has no address after it", hint="leave one for the guest"
+        )
+    guest = interface.ip + 1
+    if guest == network.broadcast_address and network.prefixlen < network.max_prefixlen - 1:
+        raise InvalidArgument(
+            f"{interface} is followed by the broadcast address", hint="use a lower"
+        )
+    return str(guest)
 
 
 def parse_mac(text: str) -> bytes:
@@ -118,7 +131,10 @@ def make_guests(
 
 def _packet_socket(link: str, sharers: int) -> socket.socket:
     """Open a packet socket that sees what comes in by `link`, whoever it is for."""
-    port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    try:
+        port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    except OSError as error:
+        raise kernel_error(error.errno or 0, "packet socket", link, "needs CAP_NET_RAW") from error
     try:
         port.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
         port.bind((link, _ETH_P_ALL))
@@ -145,13 +161,12 @@ class Capture:
         """Create or truncate `path`. Raises KernelError."""
         self._lock = threading.Lock()
         try:
-            self._file: BufferedWriter = path.open("wb")
+            self._file = path.open("wb", buffering=1 << 16)
         except OSError as error:
             raise kernel_error(error.errno or 0, "open", str(path), "check the path") from error
         self._file.write(
             struct.pack("=IHHiIII", _PCAP_MAGIC_NS, 2, 4, 0, 0, 1 << 18, _LINKTYPE_ETHERNET)
         )
-        self._file.flush()
 
     def write(self, frames: Sequence[bytes]) -> None:
         """Append `frames` with the time of now."""

@@ -61,7 +61,7 @@ class HostSockets:
                 try:
                     answer = sock.recv(1 << 16)
                 except BlockingIOError:
-                    continue
+                    break  # as long as this took, nothing will come
                 answered += answer[0] == reply and answer[6:] == body
         return answered
 
@@ -89,44 +89,45 @@ class HostSockets:
 
 @dataclass(slots=True)
 class Tally:
-    """What became of a stream: datagrams and payload bytes that came, lost, changed."""
+    """What became of a stream: datagrams sent, how many came (`frames`), payload `bytes`."""
 
+    sent: int = 0
     frames: int = 0
     bytes: int = 0
-    lost: int = 0
     changed: int = 0
+
+    @property
+    def lost(self) -> int:
+        """Datagrams that were sent and did not come."""
+        return self.sent - self.frames
 
 
 class StreamReceiver:
-    """Checks a stream that comes out of the guest, datagram by datagram."""
+    """Checks a stream that comes out of the guest, datagram by datagram, into `tally`."""
 
-    def __init__(self, stream: Stream, sockets: dict[int, socket.socket], count: int) -> None:
+    def __init__(self, stream: Stream, sockets: dict[int, socket.socket], tally: Tally) -> None:
         self._stream = stream
         self._sockets = sockets
-        self._count = count
-        self.position = 0
-        self.tally = Tally()
+        self._tally = tally
+        self._position = 0
 
     def receive(self, until: int) -> bool:
         """Take datagrams up to number `until`; False if they stopped coming."""
-        stream, tally = self._stream, self.tally
-        while self.position < until:
+        while self._position < until:
             try:
-                data = self._sockets[stream.version(self.position)].recv(1 << 16)
+                data = self._sockets[self._stream.version(self._position)].recv(1 << 16)
             except BlockingIOError:
-                tally.lost += self._count - self.position
                 return False
-            tally.frames += 1
-            tally.bytes += len(data)
-            if data != stream.payload(self.position):
+            self._tally.frames += 1
+            self._tally.bytes += len(data)
+            if data != self._stream.payload(self._position):
                 self._resynchronise(data)
-            self.position += 1
+            self._position += 1
         return True
 
     def _resynchronise(self, data: bytes) -> None:
         for ahead in range(1, WINDOW):
-            if data == self._stream.payload(self.position + ahead):
-                self.tally.lost += ahead
-                self.position += ahead
+            if data == self._stream.payload(self._position + ahead):
+                self._position += ahead
                 return
-        self.tally.changed += 1
+        self._tally.changed += 1

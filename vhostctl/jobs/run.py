@@ -91,17 +91,22 @@ def _become(
     for fd in (*descriptors.tap, *descriptors.vhost):
         os.set_inheritable(fd, True)
     variables = environment(descriptors)
+    if identity is not None:
+        _drop_privileges(identity)
+        name = identity.pw_name
+        variables |= {"HOME": identity.pw_dir, "LOGNAME": name, "USER": name}
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and exec would keep that
+        signal.signal(ignored, signal.SIG_DFL)
     try:
-        if identity is not None:
-            os.initgroups(identity.pw_name, identity.pw_gid)
-            os.setgid(identity.pw_gid)
-            os.setuid(identity.pw_uid)
-            variables |= {
-                "HOME": identity.pw_dir,
-                "LOGNAME": identity.pw_name,
-                "USER": identity.pw_name,
-            }
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec keeps that
         os.execvpe(argv[0], argv, variables)  # noqa: S606 -- that is the command's job
     except OSError as error:
         raise kernel_error(error.errno or 0, "exec", argv[0], "check the command") from error
+
+
+def _drop_privileges(identity: pwd.struct_passwd) -> None:
+    try:
+        os.initgroups(identity.pw_name, identity.pw_gid)
+        os.setgid(identity.pw_gid)
+        os.setuid(identity.pw_uid)
+    except OSError as error:
+        raise kernel_error(error.errno or 0, "setuid", identity.pw_name, "run as root") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from types import TracebackType
 from typing import Protocol, Self
@@ -45,8 +46,29 @@ class Running:
             raise self._error
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        try:
+            # An interrupt inside start() would leave a thread that nobody knows of.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+            try:
+                self._thread.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        except BaseException:
+            self._end()
+            raise
         return self
+
+    def _end(self) -> None:
+        """Stop and join, whatever comes: the loop uses memory that goes after this."""
+        self._loop.stop()
+        interrupt: BaseException | None = None
+        while self._thread.is_alive():
+            try:
+                self._thread.join()
+            except (KeyboardInterrupt, SystemExit) as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def __exit__(
         self,
@@ -54,7 +76,6 @@ class Running:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._loop.stop()
-        self._thread.join()
+        self._end()
         if error is None:
             self.check()

@@ -12,9 +12,9 @@ from typing import Self, TypeVar
 from vhostctl.abi import virtio
 from vhostctl.control.features import mask
 from vhostctl.control.netsetup import LinkSettings, link_steps
-from vhostctl.control.plan import Plan, Step
+from vhostctl.control.plan import Observer, Plan, Step
 from vhostctl.control.rings import place_rings
-from vhostctl.control.session import Session
+from vhostctl.control.session import Session, State
 from vhostctl.control.wiring import SessionConfig
 from vhostctl.guest.driver import NetDriver
 from vhostctl.host.links import LinkCounters, Links, LinkState
@@ -64,8 +64,12 @@ class Wire:
     `driver` is the guest's side. `bring_up` is the seconds from nothing to running.
     """
 
-    def __init__(self, config: WireConfig) -> None:
-        """Plan it; nothing is opened yet. Raises InvalidArgument."""
+    def __init__(self, config: WireConfig, observe: Observer | None = None) -> None:
+        """Plan it; nothing is opened yet. Raises InvalidArgument.
+
+        `observe` is called before each step.
+        """
+        self._observe = observe
         self.config = replace(
             config, session=replace(config.session, memory_size=config.memory_size())
         )
@@ -74,18 +78,23 @@ class Wire:
         self.namespace: NetNamespace | None = None
         self._stack = ExitStack()
         self._links = Links()
-        self.session = Session(self.config.session, open_tap=self._open_tap)
+        self.session = Session(self.config.session, open_tap=self._open_tap, observe=observe)
+        pairs = f"{config.session.queues} pairs" if config.session.queues > 1 else "1 pair"
+        isolate = Step("unshare", "network namespace", "", self._isolate)
+        self._isolate_plan = Plan([isolate] if config.isolated else [])
         self._link_plan = Plan(link_steps(self._links, config.session.tap, config.link))
+        self._driver_plan = Plan([Step("lay out driver", pairs, "", self._drive)])
+        self._kick_plan = Plan([Step("post receive buffers", pairs, "and kick", self._kick)])
 
     def plan(self) -> Iterator[Step]:
-        """Yield every step from nothing to running, in order."""
-        if self.config.isolated:
-            yield Step("unshare", "network namespace", "", self._isolate)
+        """Yield every step from nothing to running, in the order in which they are taken."""
         prepare, start = self.session.plan
+        yield from self._isolate_plan.steps
         yield from prepare
         yield from self._link_plan.steps
-        yield Step("post receive buffers", f"{self.config.session.queues} pairs", "", self._drive)
+        yield from self._driver_plan.steps
         yield from start
+        yield from self._kick_plan.steps
 
     def _isolate(self) -> None:
         self.namespace = self._stack.enter_context(NetNamespace())
@@ -119,21 +128,24 @@ class Wire:
             )
         )
 
+    def _kick(self) -> None:
+        for pair in self.driver.pairs:
+            pair.start()
+
     def __enter__(self) -> Self:
         started = time.perf_counter()
+        observe = self._observe
         try:
-            if self.config.isolated:
-                self._isolate()
+            self._isolate_plan.run(observe)
             self._stack.enter_context(self.session)
             self._stack.callback(self.in_namespace, self._links.close)
             self.in_namespace(self._links.open)
             self._stack.callback(self.in_namespace, self._link_plan.undo)
-            self.in_namespace(self._link_plan.run)
-            self._drive()
-            self.session.start()
+            self.in_namespace(lambda: self._link_plan.run(observe))
+            self._driver_plan.run(observe)
             self._stack.callback(self._stop)
-            for pair in self.driver.pairs:
-                pair.start()
+            self.session.start()
+            self._kick_plan.run(observe)
         except BaseException:
             self._stack.close()
             raise
@@ -141,7 +153,8 @@ class Wire:
         return self
 
     def _stop(self) -> None:
-        self.session.stop()
+        if self.session.state is State.RUNNING:
+            self.session.stop()
 
     def __exit__(
         self,

@@ -1,0 +1,56 @@
+# Each target installs what it misses, then does its job.
+#
+#   make demo       wire a tap to vhost-net and send traffic through it, in a VM if need be
+#   make test       lint, types, host tests, lab tests on $(KERNELS)
+#   make test-all   the same on every kernel
+#   make bench      packets a second and CPU cost, in instructions
+#   make clean      remove what these made in this folder (not the kernels in the cache)
+
+PYTHON  ?= python3
+KERNELS ?= 6.1
+ALL     := 6.1 6.12 7.2
+BIN     := .venv/bin
+NATIVE  := $(wildcard vhostctl/guest/src/*.[ch]) vhostctl/guest/native.cdef vhostctl/guest/build.py
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-all lint host-test lab-test bench packages kernels clean
+
+demo: .venv/ready
+	@.ci/demo $(firstword $(KERNELS))
+
+test: lint host-test lab-test
+
+test-all:
+	$(MAKE) test KERNELS="$(ALL)"
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m compileall -q vhostctl
+
+host-test: .venv/ready
+	$(BIN)/python -m pytest tests/unit tests/cli --allowed-skips .ci/allowed-skips.txt
+
+lab-test: .venv/ready kernels
+	VHOSTCTL_TEST_KERNELS="$(KERNELS)" \
+	$(BIN)/python -m pytest tests/vm --allowed-skips .ci/allowed-skips.txt
+
+bench: .venv/ready kernels
+	@.ci/bench $(firstword $(KERNELS))
+
+kernels: .venv/ready
+	$(BIN)/vhostctl lab fetch --missing $(sort 6.1 $(KERNELS))
+
+packages:
+	@.ci/packages
+
+.venv/ready: setup.py pyproject.toml $(NATIVE) | packages
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[lab,test]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find vhostctl -name '_native*.so' -o -name '_native*.o' -o -name '_native.c' | xargs rm -f
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,55 @@
+"""Every command and every snippet of the README is run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+
+from tests.vm.conftest import ROOT, fetched, run
+from vhostctl.lab.vm import Machine
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^\$ (.+)$", README, re.MULTILINE)
+ON_THE_HOST = [command for command in COMMANDS if command.startswith("vhostctl lab")]
+MAKE = [command for command in COMMANDS if command.startswith("make ")]
+IN_A_VM = [command for command in COMMANDS if command not in (*ON_THE_HOST, *MAKE)]
+
+
+def bounded(command: str) -> str:
+    """`up` runs until it is interrupted."""
+    interrupt = "timeout --preserve-status -s INT 30 " if command.startswith("vhostctl up") else ""
+    return interrupt + command
+
+
+def test_the_snippet_is_the_example_that_is_run() -> None:
+    snippet = re.search(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert snippet is not None
+    assert snippet[1] in (ROOT / "examples/wire.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.vm
+def test_the_commands_that_need_a_device() -> None:
+    assert len(IN_A_VM) >= 4
+    lines = [bounded(command) for command in (*IN_A_VM, "python examples/wire.py")]
+    outcome = run(Machine(fetched("6.1")), ["sh", "-exc", "\n".join(lines)], 600)
+    print(outcome)
+    assert outcome.status == 0
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize("command", [*ON_THE_HOST, ".ci/demo 6.1"])
+def test_the_commands_that_boot_a_vm(command: str) -> None:
+    fetched("6.1")
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in {*MAKE, *re.findall(r"`(make [a-z-]+)`", README)}:
+        assert re.search(rf"^{target.split()[1]}:", makefile, re.MULTILINE), target
