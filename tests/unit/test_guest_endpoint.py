@@ -202,37 +202,53 @@ def changed(k: int) -> bytes:
     return net.udp(STREAM.version(k), payload[:-1] + bytes([payload[-1] ^ 0x55]), to=9000)
 
 
-def test_the_generated_stream_is_the_one_that_the_rule_says() -> None:
+@pytest.mark.parametrize(
+    "stream",
+    [STREAM, Stream(20, 0), Stream(0, 13, number=99), Stream(787, 797), Stream(1, 1398)],
+    ids=lambda stream: f"{stream.max4}-{stream.max6}",
+)
+def test_the_generated_stream_is_the_one_that_the_rule_says(stream: Stream) -> None:
     with station() as (b, endpoint):
-        endpoint.generate(STREAM, PEER, source_port=9001)
+        endpoint.generate(stream, PEER, source_port=9001)
         with running(endpoint, endpoint.run):
             for goal, count in ((10, 10), (10, 0), (800, 790)):
                 endpoint.goal = goal
                 for k, frame in enumerate(b.device.expect(count), goal - count):
                     packet = net.parse(frame)
-                    assert packet.version == STREAM.version(k)
-                    assert packet.body[8:] == STREAM.payload(k)
+                    assert packet.version == stream.version(k)
+                    assert packet.body[8:] == stream.payload(k)
                     assert packet.body[:4] == bytes.fromhex("23292328")
                     assert (packet.to, packet.source) == (net.HOST_MAC, net.MAC)
             assert endpoint.counters().sent == endpoint.goal == 800
 
 
-def test_full_size_packets_fill_the_mtu() -> None:
+def test_a_lap_has_every_size_once_and_fills_the_mtu() -> None:
     stream = Stream.for_mtu(1500)
-    laps = (1471, 1472, 1472 + 1451, 1472 + 1452)
-    assert [(stream.version(k), stream.size(k)) for k in laps] == [
-        (4, 1472),
-        (6, 1),
-        (6, 1452),
-        (4, 1),
-    ]
     with station(size=256) as (b, endpoint):
         endpoint.generate(stream, PEER, 9001)
         with running(endpoint, endpoint.run):
-            endpoint.goal = 1472
-            for k, frame in enumerate(b.device.expect(1472)):
-                assert net.parse(frame).body[8:] == stream.payload(k)
-            assert len(frame) == 1514
+            endpoint.goal = 2 * 1472
+            frames = b.device.expect(2 * 1472)
+    for k, frame in enumerate(frames):
+        assert net.parse(frame).body[8:] == stream.payload(k)
+    assert max(map(len, frames[0::2])) == max(map(len, frames[1::2])) == 1514
+    assert sorted(stream.size(k) for k in range(0, 2 * 1472, 2)) == list(range(1, 1473))
+    assert sorted(stream.size(k) for k in range(1, 2 * 1452, 2)) == list(range(1, 1453))
+
+
+def test_a_few_datagrams_are_short_and_long_ones_of_both_families() -> None:
+    stream = Stream.for_mtu(1500)
+    for version in (4, 6):
+        sizes = [stream.size(k) for k in range(20) if stream.version(k) == version]
+        assert len(sizes) == 10
+        assert min(sizes) < 300
+        assert max(sizes) > 1100
+
+
+@pytest.mark.parametrize("greatest", [1, 786, 787, 797, 2 * 787, 83 * 787, 82 * 797])
+def test_no_size_is_left_out_whatever_the_greatest_is(greatest: int) -> None:
+    stream = Stream(max4=0, max6=greatest, number=5)
+    assert {stream.size(k) for k in range(greatest)} == set(range(1, greatest + 1))
 
 
 def test_an_unbroken_stream_is_received_whole() -> None:
@@ -347,13 +363,18 @@ def test_streams_that_cannot_be(max4: int, max6: int, number: int, pattern: byte
         Stream(max4, max6, number, pattern)
 
 
-@given(st.integers(0, 1 << 60), st.integers(0, 3000), st.integers(0, 3000), st.integers(0, 1 << 20))
+@given(
+    st.integers(0, (1 << 64) - 1),
+    *[st.integers(0, 3000) | st.sampled_from([0, 787, 797, 1574])] * 2,
+    st.integers(0, (1 << 32) - 1),
+)
 def test_the_rule_is_what_the_text_says(k: int, max4: int, max6: int, number: int) -> None:
-    lap = [(4, size + 1) for size in range(max4)] + [(6, size + 1) for size in range(max6)]
-    if not lap:
+    if not max4 and not max6:
         return
     stream = Stream(max4, max6, number)
-    version, size = lap[k % len(lap)]
+    n, version = divmod(k, 2) if max4 and max6 else (k, 0 if max4 else 1)
+    greatest = (max4, max6)[version]
+    size = 1 + (n * (787 if greatest % 787 else 797) + number) % greatest
     start = (k * 7919 + number) % 65521
-    assert (stream.version(k), stream.size(k)) == (version, size)
+    assert (stream.version(k), stream.size(k)) == ((4, 6)[version], size)
     assert stream.payload(k) == PATTERN[start : start + size]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,9 +21,9 @@ from tests.support.guest_device import (
     Bench,
     bench,
 )
-from vhostctl.errors import ClosedError, InvalidArgument, KernelError, StateError
+from vhostctl.errors import ClosedError, InvalidArgument, StateError
 from vhostctl.guest.driver import RingError, native
-from vhostctl.guest.pump import Forwarder, Loop, Sink, Transmitter
+from vhostctl.guest.pump import Loop, Sink, Transmitter
 from vhostctl.guest.streams import default_pattern
 
 PATTERN = default_pattern()
@@ -106,6 +104,45 @@ def test_sink_counts_and_recycles(features: int) -> None:
         assert b.pair.stats().rx_posted == 16
 
 
+PROMPT = 0.5  # seconds: less than the slice after which a missed frame would be found anyway
+
+
+def sunk(b: Bench, count: int) -> None:
+    """Return once `count` frames were received, which has to be soon."""
+    deadline = time.monotonic() + PROMPT
+    while b.pair.stats().rx_frames < count:
+        assert time.monotonic() < deadline, "the sink sleeps beside a frame"
+
+
+@pytest.mark.parametrize("features", MODES)
+def test_sink_is_interrupted_once_for_many_frames_of_a_flow(features: int) -> None:
+    with bench(features, base=65400) as b, Sink(b.pair) as loop:
+        b.pair.start()
+        with running(loop, loop.run):
+            for count in range(1, 2001):
+                b.device.feed([FRAME])
+                # Slow enough for a sink that wants to see each by itself, and still a flow.
+                pause = time.monotonic() + 0.0001
+                while b.pair.stats().rx_frames < count and time.monotonic() < pause:
+                    pass
+            sunk(b, 2000)
+        assert b.device.rx.calls < 2000 / 8
+
+
+@pytest.mark.parametrize("features", MODES)
+@pytest.mark.parametrize("size", [1, 4, 64])
+def test_sink_leaves_no_frame_at_the_end_of_a_flow(features: int, size: int) -> None:
+    with bench(features, size) as b, Sink(b.pair) as loop:
+        b.pair.start()
+        with running(loop, loop.run):
+            total = 0
+            for burst in (*range(1, 40), 300):
+                for count in (burst, 1):  # the single one comes after a pause of any length
+                    b.device.feed([FRAME] * count)
+                    total += count
+                    sunk(b, total)
+
+
 def test_a_stop_before_the_run_is_not_lost_and_ends_one_run() -> None:
     with bench() as b, Sink(b.pair) as loop:
         b.pair.start()
@@ -175,96 +212,3 @@ def test_closed_drivers_and_bad_frames_are_refused() -> None:
             b.driver.close()
             with pytest.raises(ClosedError):
                 loop.run()
-
-
-class PlainForwarder(Forwarder):
-    """Takes the file for a tap: read and writev, no socket calls."""
-
-    def __init__(self, b: Bench, fd: int) -> None:
-        super().__init__(b.pair, fd)
-        with b.pair.rx.claim() as rx, b.pair.tx.claim() as tx:
-            lib = native.lib
-            self._forward = native.ffi.gc(
-                lib.forward_create(rx, tx, self._stop.fileno(), fd, False), lib.forward_destroy
-            )
-
-
-@contextmanager
-def forwarding(
-    b: Bench, *, plain: bool = False, kind: int = socket.SOCK_SEQPACKET
-) -> Iterator[tuple[Forwarder, socket.socket]]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
-    with ours, theirs:
-        theirs.setblocking(False)
-        ours.settimeout(DEADLINE)
-        with (
-            PlainForwarder(b, theirs.fileno())
-            if plain
-            else Forwarder(b.pair, theirs.fileno()) as loop
-        ):
-            yield loop, ours
-
-
-@pytest.mark.parametrize("plain", [False, True], ids=["socket", "file"])
-@pytest.mark.parametrize("features", MODES)
-def test_forwarder_moves_frames_both_ways_in_order(features: int, plain: bool) -> None:
-    sent = frames(400)
-    with bench(features, 32, buffer_size=256) as b, forwarding(b, plain=plain) as (loop, far):
-        b.pair.start()
-        with running(loop, loop.run):
-            for start in range(0, 400, 20):
-                b.device.feed(sent[start : start + 20])
-                assert [far.recv(4096) for _ in range(20)] == sent[start : start + 20]
-            writer = threading.Thread(target=lambda: [far.send(frame) for frame in sent])
-            writer.start()
-            assert b.device.expect(400) == sent
-            writer.join()
-        stats = loop.stats()
-        assert (stats.to_file, stats.from_file, stats.dropped) == (400, 400, 0)
-
-
-def test_forwarder_drops_what_neither_side_takes() -> None:
-    with bench(size=64) as b, forwarding(b) as (loop, far):
-        b.pair.start()
-        with running(loop, loop.run):
-            far.send(bytes(1519))
-            far.send(FRAME)
-            assert b.device.expect(1) == [FRAME]
-        assert loop.stats().dropped == 1
-
-
-def test_forwarder_drops_when_the_file_is_full_and_goes_on() -> None:
-    with bench(size=64) as b, forwarding(b) as (loop, far):
-        b.pair.start()
-        with running(loop, loop.run):
-            b.device.feed([bytes(1500)] * 1000)
-            while sum((loop.stats().to_file, loop.stats().dropped)) < 1000:
-                pass
-            taken = loop.stats().to_file
-            assert 0 < taken < 1000
-            assert [len(far.recv(2048)) for _ in range(taken)] == [1500] * taken
-            b.device.feed([FRAME])
-            assert far.recv(2048) == FRAME
-
-
-def test_forwarder_tells_of_a_file_that_is_gone() -> None:
-    with bench() as b, forwarding(b) as (loop, far):
-        b.pair.start()
-        far.close()
-        with running(loop, loop.run) as forwarding_run:
-            b.device.feed([FRAME])
-            with pytest.raises(KernelError, match="EPIPE"):
-                forwarding_run.result(DEADLINE)
-
-
-def test_forwarder_wants_a_file_that_does_not_block() -> None:
-    with bench() as b:
-        reader, writer = os.pipe()
-        try:
-            with pytest.raises(InvalidArgument, match="O_NONBLOCK"):
-                Forwarder(b.pair, reader)
-        finally:
-            os.close(reader)
-            os.close(writer)
-        with pytest.raises(KernelError, match="EBADF"):
-            Forwarder(b.pair, reader)

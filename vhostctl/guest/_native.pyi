@@ -28,6 +28,8 @@ class Lib:
     RING_FAULT_PARTIAL_BUFFER: Final[int]
     STREAM_STEP: Final[int]
     STREAM_STARTS: Final[int]
+    STREAM_STRIDE: Final[int]
+    STREAM_OTHER_STRIDE: Final[int]
     STREAM_WINDOW: Final[int]
 
     def ring_arena(self, size: int, segments: int, buffer_size: int, /) -> int: ...
@@ -54,7 +56,7 @@ class Lib:
         self, tx: CData, stop: int, frame: CData, length: int, until: int, /
     ) -> int: ...
     def forward_create(
-        self, rx: CData, tx: CData, stop: int, fd: int, socket: bool, /
+        self, rx: CData, tx: CData, stop: int, fd: int, socket: bool, vnet_hdr: bool, /
     ) -> CData: ...
     def forward_destroy(self, forward: CData, /) -> None: ...
     def forward_run(self, forward: CData, /) -> int: ...

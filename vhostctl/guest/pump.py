@@ -104,7 +104,7 @@ class Transmitter(Loop):
 
 @dataclass(frozen=True, slots=True)
 class ForwardStats:
-    """Frames to and from the file, and those that it or the queue would not take."""
+    """Frames to and from the file, and those that it or the queue could not take."""
 
     to_file: int
     from_file: int
@@ -114,12 +114,17 @@ class ForwardStats:
 class Forwarder(Loop):
     """Moves frames between a queue pair and an AF_PACKET socket or a tap.
 
-    `fd` stays the caller's. A tap is opened with IFF_NO_PI, without IFF_VNET_HDR, and
-    non-blocking. Frames that the file does not take at once are dropped, as a switch would;
-    frames from the file wait there while the ring is full.
+    `fd` stays the caller's. A tap is opened with IFF_NO_PI and non-blocking. Frames that the
+    file does not take at once are dropped, as a switch would; frames from the file wait there
+    while the ring is full.
+
+    `vnet_hdr` says that every frame on `fd` stands behind a `struct virtio_net_hdr` of 10
+    bytes (linux/virtio_net.h): a packet socket with PACKET_VNET_HDR, a tap with IFF_VNET_HDR.
+    Only with it can a checksum that the sender left to the device be told and completed, and
+    a packet longer than its link's MTU be told from a frame; such packets are dropped.
     """
 
-    def __init__(self, pair: QueuePair, fd: int) -> None:
+    def __init__(self, pair: QueuePair, fd: int, *, vnet_hdr: bool = False) -> None:
         try:
             socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
             blocking = os.get_blocking(fd)
@@ -129,7 +134,7 @@ class Forwarder(Loop):
             raise InvalidArgument(f"descriptor {fd} is blocking", hint="set O_NONBLOCK on it")
         with pair.rx.claim() as rx, pair.tx.claim() as tx:
             super().__init__(f"forwarder of pair {pair.index}")
-            made = lib.forward_create(rx, tx, self._stop.fileno(), fd, socket)
+            made = lib.forward_create(rx, tx, self._stop.fileno(), fd, socket, vnet_hdr)
             self._forward = own(made, lib.forward_destroy, "forwarder")
         self._pair = pair
 

@@ -16,6 +16,8 @@ from vhostctl.guest.driver import native
 
 STEP = native.lib.STREAM_STEP
 STARTS = native.lib.STREAM_STARTS
+STRIDE = native.lib.STREAM_STRIDE
+OTHER_STRIDE = native.lib.STREAM_OTHER_STRIDE
 
 _PATTERN_SIZE = 1 << 17
 _OVERHEAD4 = 20 + 8  # IPv4 and UDP headers
@@ -32,9 +34,11 @@ def default_pattern() -> bytes:
 class Stream:
     """What every datagram of a stream looks like.
 
-    Datagram k, with r = k mod (max4 + max6), is an IPv4 one of r + 1 bytes if r < max4, else
-    an IPv6 one of r - max4 + 1 bytes: laps of all sizes of either family take turns. Its
-    payload is the slice of `pattern` that starts at (k * 7919 + number) mod 65521.
+    With both families, datagram k is an IPv4 one where k is even and an IPv6 one where it is
+    odd, and n = k // 2; with one family only, n = k. With max being the greatest payload of
+    its family, it carries 1 + (n * stride + number) mod max bytes: the slice of `pattern` that
+    starts at (k * 7919 + number) mod 65521. The stride is 787, or 797 where max is a multiple
+    of 787, so that `max` datagrams of a family in a row have every size once.
 
     `max4` and `max6` are the greatest payloads in bytes, 0 for a family that is left out.
     `pattern` has at least 65520 bytes more than the greater one.
@@ -72,12 +76,16 @@ class Stream:
 
     def version(self, k: int) -> int:
         """Return 4 or 6: the IP version of datagram `k`."""
-        return 4 if k % (self.max4 + self.max6) < self.max4 else 6
+        if self.max4 and self.max6:
+            return 6 if k % 2 else 4
+        return 4 if self.max4 else 6
 
     def size(self, k: int) -> int:
         """Return the payload of datagram `k` in bytes."""
-        r = k % (self.max4 + self.max6)
-        return (r if r < self.max4 else r - self.max4) + 1
+        greatest = self.max4 if self.version(k) == 4 else self.max6
+        stride = STRIDE if greatest % STRIDE else OTHER_STRIDE
+        n = k // 2 if self.max4 and self.max6 else k
+        return 1 + (n * stride + self.number) % greatest
 
     def payload(self, k: int) -> bytes:
         """Return the payload of datagram `k`."""

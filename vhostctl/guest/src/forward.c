@@ -3,7 +3,9 @@
 #include "forward.h"
 
 #include <errno.h>
+#include <linux/virtio_net.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -12,24 +14,35 @@
 struct forward {
 	struct pump pump;
 	bool socket;
+	uint32_t header;		/* bytes before each frame of the file: 0 or 10 */
 	uint32_t limit;			/* longest frame of the transmit queue */
 	struct forward_stats stats;
+	struct virtio_net_hdr zero;
+	struct iovec *out_iov;		/* a header for each of a batch, and what a ring can hold */
 	struct iovec in_iov[BATCH];
 	struct mmsghdr in[BATCH];	/* one fixed buffer each */
 	struct mmsghdr out[BATCH];	/* over guest memory */
-	uint8_t buffers[];		/* limit + 1 bytes each: one more tells a longer frame */
+	uint8_t buffers[];		/* one byte more than allowed each, to tell a longer frame */
 };
 
 struct forward *forward_create(struct net_queue *rx, struct net_queue *tx, int stop, int fd,
-			       bool socket)
+			       bool socket, bool vnet_hdr)
 {
-	uint32_t size = tx->shape.limit + 1;
+	uint32_t header = vnet_hdr ? sizeof(struct virtio_net_hdr) : 0;
+	uint32_t size = header + tx->shape.limit + 1;
 	struct forward *f = calloc(1, sizeof(*f) + (size_t)BATCH * size);
 
 	if (!f)
 		return NULL;
+	f->out_iov = calloc(BATCH + (size_t)rx->ring.vring.num * rx->shape.segments,
+			    sizeof(*f->out_iov));
+	if (!f->out_iov) {
+		free(f);
+		return NULL;
+	}
 	f->pump = (struct pump){.rx = rx, .tx = tx, .stop = stop, .wake = -1, .fd = fd};
 	f->socket = socket;
+	f->header = header;
 	f->limit = tx->shape.limit;
 	for (uint32_t i = 0; i < BATCH; i++) {
 		f->in_iov[i] = (struct iovec){
@@ -43,6 +56,7 @@ struct forward *forward_create(struct net_queue *rx, struct net_queue *tx, int s
 
 void forward_destroy(struct forward *f)
 {
+	free(f->out_iov);
 	free(f);
 }
 
@@ -86,18 +100,31 @@ static int flush(struct forward *f, uint32_t count)
 	return 0;
 }
 
+/* Lay out a frame as the file wants it from `iov` on; returns how many entries that took. */
+static uint32_t wrap(struct forward *f, struct iovec *iov, const struct net_frame *frame)
+{
+	uint32_t n = 0;
+
+	if (f->header)
+		iov[n++] = (struct iovec){.iov_base = &f->zero, .iov_len = f->header};
+	memcpy(&iov[n], frame->iov, frame->count * sizeof(*iov));
+	return n + frame->count;
+}
+
 /* Queue to file: up to a batch. Returns how many frames were taken, or -errno. */
 static int to_file(struct forward *f)
 {
+	struct iovec *iov = f->out_iov;
 	struct net_frame frame;
 	uint32_t n = 0;
 	int err = 0;
 
-	for (; n < BATCH && (err = net_next(f->pump.rx, &frame)) > 0; n++)
-		f->out[n].msg_hdr = (struct msghdr){
-			.msg_iov = (struct iovec *)(uintptr_t)frame.iov,
-			.msg_iovlen = frame.count,
-		};
+	for (; n < BATCH && (err = net_next(f->pump.rx, &frame)) > 0; n++) {
+		uint32_t count = wrap(f, iov, &frame);
+
+		f->out[n].msg_hdr = (struct msghdr){.msg_iov = iov, .msg_iovlen = count};
+		iov += count;
+	}
 	if (err < 0)
 		return err;
 	err = flush(f, n);
@@ -123,6 +150,67 @@ static int read_frames(struct forward *f, uint32_t limit)
 	return (int)n;
 }
 
+/* RFC 1071, over native 16-bit words: correct in any byte order. */
+static uint16_t checksum(const uint8_t *data, uint32_t len)
+{
+	uint32_t total = 0;
+	uint16_t word;
+
+	for (; len >= sizeof(word); len -= sizeof(word), data += sizeof(word)) {
+		memcpy(&word, data, sizeof(word));
+		total += word;
+	}
+	if (len)
+		total += *data;
+	while (total >> 16)
+		total = (total & 0xffff) + (total >> 16);
+	return (uint16_t)~total;
+}
+
+/* Sum up what the sender left, its sum of the pseudo header included; false: out of bounds. */
+static bool complete(uint8_t *frame, uint32_t len, const struct virtio_net_hdr *h)
+{
+	uint32_t at = (uint32_t)h->csum_start + h->csum_offset;
+	uint16_t sum;
+
+	if (at + sizeof(sum) > len)
+		return false;
+	sum = checksum(frame + h->csum_start, len - h->csum_start);
+	/* UDP says "none" with 0; for the others both zeros mean the same. */
+	if (!sum)
+		sum = 0xffff;
+	memcpy(frame + at, &sum, sizeof(sum));
+	return true;
+}
+
+/* Make what was read, header and frame, fit for the queue; false: it cannot be. */
+static bool unwrap(const struct forward *f, uint8_t *data, uint32_t len)
+{
+	struct virtio_net_hdr h;
+
+	if (len <= f->header || len - f->header > f->limit)
+		return false;
+	if (!f->header)
+		return true;
+	memcpy(&h, data, sizeof(h));
+	if (h.gso_type != VIRTIO_NET_HDR_GSO_NONE)
+		return false;
+	return !(h.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) ||
+	       complete(data + f->header, len - f->header, &h);
+}
+
+/* What a failed read means for the loop: 0 to go on, or -errno. */
+static int read_failed(struct forward *f, int error)
+{
+	/* The file took a frame out that its header has no type for; the next may be there. */
+	if (f->header && error == EINVAL) {
+		counter_add(&f->stats.dropped, 1);
+		return 0;
+	}
+	f->pump.readable = false;
+	return error == EAGAIN || error == EINTR || error == ENETDOWN ? 0 : -error;
+}
+
 /* File to queue: as many as there is room for. Returns 0 or -errno. */
 static int from_file(struct forward *f)
 {
@@ -131,12 +219,14 @@ static int from_file(struct forward *f)
 	uint32_t limit = room < BATCH ? room : BATCH;
 	int n = read_frames(f, limit);
 
-	if (n < 0 && errno != EAGAIN && errno != EINTR && errno != ENETDOWN)
-		return -errno;
+	if (n < 0)
+		return read_failed(f, errno);
 	f->pump.readable = n == (int)limit;
 	for (int i = 0; i < n; i++) {
+		uint8_t *data = f->in_iov[i].iov_base;
 		uint32_t len = f->in[i].msg_len;
-		bool fits = len && len <= f->limit && net_put(tx, f->in_iov[i].iov_base, len);
+		bool fits = unwrap(f, data, len) &&
+			    net_put(tx, data + f->header, len - f->header);
 
 		counter_add(fits ? &f->stats.from_file : &f->stats.dropped, 1);
 	}

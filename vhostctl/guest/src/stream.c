@@ -7,13 +7,17 @@
 
 struct stream_datagram stream_datagram(const struct stream_rule *rule, uint64_t k)
 {
-	uint32_t r = (uint32_t)(k % (rule->max4 + rule->max6));
 	uint64_t start = (k % STREAM_STARTS * STREAM_STEP + rule->stream) % STREAM_STARTS;
+	bool both = rule->max4 && rule->max6;
+	bool ipv4 = both ? k % 2 == 0 : rule->max4 > 0;
+	uint32_t max = ipv4 ? rule->max4 : rule->max6;
+	uint64_t stride = max % STREAM_STRIDE ? STREAM_STRIDE : STREAM_OTHER_STRIDE;
+	uint64_t n = both ? k / 2 : k;
 
 	return (struct stream_datagram){
 		.payload = rule->pattern + start,
-		.size = (r < rule->max4 ? r : r - rule->max4) + 1,
-		.version = r < rule->max4 ? 4 : 6,
+		.size = 1 + (uint32_t)((n % max * stride + rule->stream) % max),
+		.version = ipv4 ? 4 : 6,
 	};
 }
 

@@ -2,11 +2,14 @@
 /*
  * Checked datagram streams: both ends know what datagram k looks like.
  *
- * With period = max4 + max6 and r = k mod period, datagram k is
- *	r < max4:  IPv4 with r + 1 bytes of payload
- *	else:      IPv6 with r - max4 + 1 bytes of payload
- * so that laps of all IPv4 sizes and of all IPv6 sizes take turns. Its payload is the slice of the
- * pattern that starts at (k * 7919 + stream) mod 65521.
+ * With both families, datagram k is IPv4 where k is even and IPv6 where it is odd, and it is the
+ * one with n = k / 2 of its family; with one family only, n = k. With max being the greatest
+ * payload of the family, its payload is
+ *	1 + (n * stride + stream) mod max bytes long, and
+ *	the slice of the pattern that starts at (k * 7919 + stream) mod 65521.
+ * The stride is 787, or 797 where max is a multiple of 787. It is a prime that does not divide
+ * max, so `max` datagrams of a family in a row have every size once, and the first few of them
+ * have short and long ones. (A multiple of both primes would be no UDP payload any more.)
  */
 #ifndef VHOSTCTL_GUEST_STREAM_H
 #define VHOSTCTL_GUEST_STREAM_H
@@ -16,6 +19,8 @@
 
 #define STREAM_STEP 7919u
 #define STREAM_STARTS 65521u	/* a prime, so that every start is used */
+#define STREAM_STRIDE 787u
+#define STREAM_OTHER_STRIDE 797u
 #define STREAM_WINDOW 64u	/* how far a datagram may be off and still be known */
 
 struct stream_rule {
