@@ -24,6 +24,7 @@ from vhostctl.jobs.running import Stoppable
 _ETH_P_ALL = 0x0003  # linux/if_ether.h
 _SOL_PACKET = 263  # these and the next from linux/if_packet.h
 _PACKET_ADD_MEMBERSHIP = 1
+_PACKET_VNET_HDR = 15
 _PACKET_FANOUT = 18
 _PACKET_IGNORE_OUTGOING = 23
 _PACKET_MR_PROMISC = 1
@@ -125,18 +126,23 @@ def make_guests(
     loops: list[Stoppable] = []
     for pair in pairs:
         port = stack.enter_context(_packet_socket(spec.target, len(pairs)))
-        loops.append(stack.enter_context(Forwarder(pair, port.fileno())))
+        loops.append(stack.enter_context(Forwarder(pair, port.fileno(), vnet_hdr=True)))
     return loops
 
 
 def _packet_socket(link: str, sharers: int) -> socket.socket:
-    """Open a packet socket that sees what comes in by `link`, whoever it is for."""
+    """Open a packet socket that sees what comes in by `link`, whoever it is for.
+
+    A virtio_net header goes with every frame: a link may hand over frames whose checksum was
+    left to it, and several segments as one packet.
+    """
     try:
         port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     except OSError as error:
         raise kernel_error(error.errno or 0, "packet socket", link, "needs CAP_NET_RAW") from error
     try:
         port.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+        port.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
         port.bind((link, _ETH_P_ALL))
         index = socket.if_nametoindex(link)
         membership = struct.pack("iHH8s", index, _PACKET_MR_PROMISC, 0, b"")

@@ -110,24 +110,31 @@ class StreamReceiver:
         self._sockets = sockets
         self._tally = tally
         self._position = 0
+        self._settled: set[int] = set()  # ahead of the position: came already, or never will
 
     def receive(self, until: int) -> bool:
         """Take datagrams up to number `until`; False if they stopped coming."""
         while self._position < until:
-            try:
-                data = self._sockets[self._stream.version(self._position)].recv(1 << 16)
-            except BlockingIOError:
-                return False
-            self._tally.frames += 1
-            self._tally.bytes += len(data)
-            if data != self._stream.payload(self._position):
-                self._resynchronise(data)
+            if self._position not in self._settled:
+                try:
+                    data = self._sockets[self._stream.version(self._position)].recv(1 << 16)
+                except BlockingIOError:
+                    return False
+                self._tally.frames += 1
+                self._tally.bytes += len(data)
+                if data != self._stream.payload(self._position):
+                    self._resynchronise(data)
+            self._settled.discard(self._position)
             self._position += 1
         return True
 
     def _resynchronise(self, data: bytes) -> None:
-        for ahead in range(1, WINDOW):
-            if data == self._stream.payload(self._position + ahead):
-                self._position += ahead
+        """Find `data` among the next datagrams of its family; those between are lost."""
+        version = self._stream.version(self._position)
+        ahead = range(self._position, self._position + WINDOW)
+        family = [k for k in ahead if self._stream.version(k) == version]
+        for number, k in enumerate(family):
+            if data == self._stream.payload(k):
+                self._settled.update(family[: number + 1])
                 return
         self._tally.changed += 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from vhostctl.guest.pump import Forwarder
 from vhostctl.jobs.guests import GuestIdentity, GuestSpec, make_guests
 from vhostctl.jobs.running import Running
 from vhostctl.jobs.wire import Wire, WireConfig
@@ -38,12 +39,14 @@ class Up:
         self._identity = identity
         self._stack = ExitStack()
         self._running: list[Running] = []
+        self._forwarders: list[Forwarder] = []
         self._ring_errors = 0
 
     def __enter__(self) -> Self:
         try:
             self._stack.enter_context(self._wire)
             loops = make_guests(self._guest, self._identity, self._wire.driver.pairs, self._stack)
+            self._forwarders = [loop for loop in loops if isinstance(loop, Forwarder)]
             for index, loop in enumerate(loops):
                 running = Running(loop, f"vhostctl-guest-{index}")
                 self._running.append(self._stack.enter_context(running))
@@ -64,7 +67,9 @@ class Up:
             rx_bytes=sum(s.rx_bytes for s in stats),
             tx_frames=sum(s.tx_frames for s in stats),
             tx_bytes=sum(s.tx_bytes for s in stats),
-            errors=self._ring_errors + sum(s.rx_errors + s.tx_errors for s in stats),
+            errors=self._ring_errors
+            + sum(s.rx_errors + s.tx_errors for s in stats)
+            + sum(forwarder.stats().dropped for forwarder in self._forwarders),
         )
 
     def __exit__(
