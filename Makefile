@@ -43,7 +43,7 @@ kernels: .venv/ready
 
 # A VM starts our programs faster with it, and cannot keep what it compiles itself.
 bytecode: .venv/ready
-	$(BIN)/python -m compileall -q vhostctl tests
+	@$(BIN)/python -m compileall -q vhostctl tests
 
 packages:
 	@.ci/packages

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,14 +42,16 @@ class Outcome:
         return f"status {self.status}\n{self.stdout}\n{self.stderr}"
 
 
-Run = Callable[..., Outcome]
+def search_path() -> str:
+    """PATH with the interpreter of this run, and so its vhostctl, first."""
+    return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def run(machine: Machine, argv: Sequence[str], timeout: float) -> Outcome:
-    """Run `argv` in the checkout, with the interpreter of this run first in PATH."""
+    """Run `argv` in the checkout with our PATH."""
     out, error = bytearray(), bytearray()
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {"PATH": search_path()}
     status = machine.run(
-        argv, cwd=ROOT, env={"PATH": path}, timeout=timeout, stdout=out.extend, stderr=error.extend
+        argv, cwd=ROOT, env=env, timeout=timeout, stdout=out.extend, stderr=error.extend
     )
     return Outcome(status, out.decode(errors="replace"), error.decode(errors="replace"))

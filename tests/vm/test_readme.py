@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 
 import pytest
 
-from tests.vm.conftest import ROOT, fetched, run
+from tests.vm.conftest import ROOT, fetched, run, search_path
 from vhostctl.lab.vm import Machine
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,10 +44,20 @@ def test_the_commands_that_need_a_device() -> None:
 def test_the_commands_that_boot_a_vm(command: str) -> None:
     fetched("6.1")
     done = subprocess.run(
-        ["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+        ["sh", "-c", command],
+        cwd=ROOT,
+        env=os.environ | {"PATH": search_path()},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     print(done.stdout, done.stderr)
     assert done.returncode == 0
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.search(r"^[A-Z_]{5,}$", README, re.MULTILINE)
 
 
 def test_make_targets_exist() -> None:
