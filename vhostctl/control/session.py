@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Self
 
 from vhostctl.control.bringup import prepare_steps, start_steps
@@ -12,6 +11,7 @@ from vhostctl.control.features import Negotiated
 from vhostctl.control.plan import Observer, Plan, Step
 from vhostctl.control.wiring import Memory, SessionConfig, VirtQueue, Wiring
 from vhostctl.errors import InvalidArgument, StateError
+from vhostctl.host.closing import Closing
 from vhostctl.host.tap import Tap
 from vhostctl.host.vhost import VhostNet
 
@@ -25,7 +25,7 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
-class Session:
+class Session(Closing):
     """A tap wired to vhost-net; a context manager that prepares on entry.
 
     `prepare()` opens what it was not handed and tells every device about features and
@@ -158,11 +158,3 @@ class Session:
         if self.state is State.NEW:
             self.prepare()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -15,12 +15,12 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Self
 
 from vhostctl.abi import virtio
 from vhostctl.errors import ClosedError, InvalidArgument, StateError, VhostctlError, kernel_error
 from vhostctl.guest import _native as native
 from vhostctl.guest.config import GuestMemory, Queue, QueueConfig, QueueStats
+from vhostctl.host.closing import Closing
 
 __all__ = [
     "GuestMemory",
@@ -296,7 +296,7 @@ class QueuePair:
         )
 
 
-class NetDriver:
+class NetDriver(Closing):
     """virtio-net driver over guest memory; a context manager.
 
     Make it before the device starts: it writes the rings' first state. Close it before
@@ -386,9 +386,3 @@ class NetDriver:
                 stack.enter_context(queue.claim())
             for queue in queues:
                 queue.forget()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -11,10 +11,10 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 from vhostctl.errors import InvalidArgument, kernel_error
 from vhostctl.guest.driver import NetQueue, QueuePair, check, native, own
+from vhostctl.host.closing import Closing
 from vhostctl.host.eventfd import EventFd
 
 ffi, lib = native.ffi, native.lib
@@ -22,7 +22,7 @@ ffi, lib = native.ffi, native.lib
 _FOREVER = (1 << 64) - 1
 
 
-class Loop:
+class Loop(Closing):
     """A C loop that an eventfd stops; a context manager. Close it after its last run."""
 
     def __init__(self, label: str) -> None:
@@ -35,12 +35,6 @@ class Loop:
     def close(self) -> None:
         """Close what the loop owns; a second call does nothing. Not during a run."""
         self._stop.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _repeat(self, step: Callable[[], int], *queues: NetQueue) -> None:
         result = -errno.EINTR

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from types import TracebackType
-from typing import Self
 
 from vhostctl.errors import ClosedError
+from vhostctl.host.closing import Closing
 
 
-class Handle:
+class Handle(Closing):
     """Owns one file descriptor from construction until `close()` or `detach()`.
 
     `label` names it in error messages. Not synchronised: a thread that closes a handle
@@ -45,17 +44,6 @@ class Handle:
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "_fd", None) is not None:

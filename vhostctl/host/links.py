@@ -7,10 +7,10 @@ import ipaddress
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 from vhostctl.errors import kernel_error
+from vhostctl.host.closing import Closing
 
 _IFA_F_NODAD = 0x02  # linux/if_addr.h: usable at once, without duplicate detection
 
@@ -49,7 +49,7 @@ def exists(name: str) -> bool:
     return _find(name) is not None
 
 
-class Links:
+class Links(Closing):
     """A netlink socket in the namespace of the thread that opens it; a context manager.
 
     Every method raises KernelError, which names the link.
@@ -149,11 +149,3 @@ class Links:
     def __enter__(self) -> Self:
         self.open()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -6,10 +6,10 @@ import ctypes
 import mmap
 import os
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Self
 
 from vhostctl.errors import ClosedError, InvalidArgument, kernel_error
+from vhostctl.host.closing import Closing
 
 PAGE = 4096
 """Alignment of every region, bytes (VHOST_PAGE_SIZE, linux/vhost_types.h)."""
@@ -58,7 +58,7 @@ class MappedRegion:
             self._map = None
 
 
-class GuestMemory:
+class GuestMemory(Closing):
     """The guest's address space as this process maps it; a context manager.
 
     Close the vhost descriptors that use it first: their worker reads it until then.
@@ -100,14 +100,3 @@ class GuestMemory:
         for region in self.regions:
             region.close()
         self.regions = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -6,10 +6,10 @@ import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from vhostctl.errors import kernel_error
+from vhostctl.host.closing import Closing
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h; os.unshare() comes with Python 3.12
 
@@ -24,7 +24,7 @@ def _unshare() -> None:
         )
 
 
-class NetNamespace:
+class NetNamespace(Closing):
     """A fresh network namespace and a thread inside it; a context manager.
 
     Nothing on the file system names it, so it cannot outlive the process. Sockets and
@@ -54,14 +54,3 @@ class NetNamespace:
     def close(self) -> None:
         """End the thread; the namespace goes with the last descriptor in it."""
         self._thread.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from threading import Thread
-from types import TracebackType
 from typing import Self
 
 from vhostctl.errors import EnvironmentMissing, kernel_error
+from vhostctl.host.closing import Closing
 from vhostctl.host.netns import NetNamespace
 
 _FILES = Path("/proc/thread-self/net/pktgen")
@@ -31,7 +31,7 @@ def generator_threads() -> set[int]:
     return found
 
 
-class PacketGenerator:
+class PacketGenerator(Closing):
     """Sends UDP frames of `size` bytes to `mac` through `link`, from entry to exit."""
 
     def __init__(self, namespace: NetNamespace, link: str, size: int, mac: str) -> None:
@@ -65,12 +65,8 @@ class PacketGenerator:
         self._namespace.run(self._runner.start)  # a new thread is where its maker is
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Stop sending; returns when the generator has stopped."""
         while self._runner.is_alive():
             self._write("pgctrl", "stop")
             self._runner.join(0.1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from types import TracebackType
 from typing import Self
 
 from vhostctl.abi import tun
 from vhostctl.abi.ioctl import Request
 from vhostctl.errors import InvalidArgument
 from vhostctl.host import links
+from vhostctl.host.closing import Closing
 from vhostctl.host.ioctl import call
 from vhostctl.host.node import DeviceNode
 
@@ -58,7 +58,7 @@ class TapQueue(DeviceNode):
         call(self, tun.TUNSETOFFLOAD, flags)
 
 
-class Tap:
+class Tap(Closing):
     """A tap and the queues that this process holds of it; a context manager.
 
     A tap that `open` made goes when its last queue is closed.
@@ -105,17 +105,6 @@ class Tap:
         """Close every queue; a second call does nothing."""
         for queue in self.queues:
             queue.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _check_existing(name: str, queues: int) -> bool:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Protocol, Self
 
 from vhostctl.abi import vhost
 from vhostctl.abi.ioctl import Request
+from vhostctl.host.closing import Closing
 from vhostctl.host.ioctl import Channel, call
 from vhostctl.host.node import DeviceNode
 
@@ -52,7 +52,7 @@ class OwnedChannel(Channel, Protocol):
         ...
 
 
-class VhostNet:
+class VhostNet(Closing):
     """One vhost-net device: a pair of rings, a memory table, a worker.
 
     The worker lives from `set_owner` to `reset_owner` or `close`. From Linux 6.4 on it
@@ -88,17 +88,6 @@ class VhostNet:
     def close(self) -> None:
         """Close the device; its worker has ended when this returns."""
         self._channel.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def request(self, request: Request, argument: object = None, queue: int | None = None) -> int:
         """Issue any request; `argument` is of its argument type. Returns ioctl(2)'s result."""

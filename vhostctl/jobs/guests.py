@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from vhostctl.errors import InvalidArgument, kernel_error
 from vhostctl.guest.driver import QueuePair
 from vhostctl.guest.endpoint import Endpoint
 from vhostctl.guest.pump import Forwarder, Sink
+from vhostctl.host.closing import Closing
 from vhostctl.jobs.running import Stoppable
 
 _ETH_P_ALL = 0x0003  # linux/if_ether.h
@@ -122,7 +122,7 @@ def make_guests(
         return [stack.enter_context(Sink(pair)) for pair in pairs]
     if spec.kind == "pcap":
         capture = stack.enter_context(Capture(Path(spec.target)))
-        return [stack.enter_context(_Recorder(pair, capture)) for pair in pairs]
+        return [_Recorder(pair, capture) for pair in pairs]
     loops: list[Stoppable] = []
     for pair in pairs:
         port = stack.enter_context(_packet_socket(spec.target, len(pairs)))
@@ -160,7 +160,7 @@ def _packet_socket(link: str, sharers: int) -> socket.socket:
     return port
 
 
-class Capture:
+class Capture(Closing):
     """A pcap file (draft-ietf-opsawg-pcap, nanosecond form) that several threads write."""
 
     def __init__(self, path: Path) -> None:
@@ -184,10 +184,8 @@ class Capture:
                 self._file.write(frame)
             self._file.flush()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
         self._file.close()
 
 
@@ -206,9 +204,3 @@ class _Recorder:
 
     def stop(self) -> None:
         self._stopped.set()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()

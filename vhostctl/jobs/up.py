@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from vhostctl.guest.pump import Forwarder
+from vhostctl.host.closing import Closing
 from vhostctl.jobs.guests import GuestIdentity, GuestSpec, make_guests
 from vhostctl.jobs.running import Running
 from vhostctl.jobs.wire import Wire, WireConfig
@@ -26,7 +26,7 @@ class Traffic:
     errors: int
 
 
-class Up:
+class Up(Closing):
     """A tap wired to vhost-net with a guest behind it, from entry to exit of a with block.
 
     Only what was made here is removed at the end: a tap that was there stays.
@@ -72,10 +72,6 @@ class Up:
             + sum(forwarder.stats().dropped for forwarder in self._forwarders),
         )
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Stop the guest and take the wiring down."""
         self._stack.close()

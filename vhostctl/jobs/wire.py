@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Self, TypeVar
 
 from vhostctl.abi import virtio
@@ -17,6 +16,7 @@ from vhostctl.control.rings import place_rings
 from vhostctl.control.session import Session, State
 from vhostctl.control.wiring import SessionConfig
 from vhostctl.guest.driver import NetDriver
+from vhostctl.host.closing import Closing
 from vhostctl.host.links import LinkCounters, Links, LinkState
 from vhostctl.host.netns import NetNamespace
 from vhostctl.host.tap import Tap
@@ -58,7 +58,7 @@ class WireConfig:
         return (end + arena + 0xFFFFF) & -0x100000
 
 
-class Wire:
+class Wire(Closing):
     """A tap, vhost-net and our driver; it runs inside a with block.
 
     `driver` is the guest's side. `bring_up` is the seconds from nothing to running.
@@ -156,10 +156,6 @@ class Wire:
         if self.session.state is State.RUNNING:
             self.session.stop()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Stop the rings, close the driver, put the tap back, close everything."""
         self._stack.close()
