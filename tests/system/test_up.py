@@ -98,13 +98,13 @@ class Kept:
         return cls(state(namespace, name), namespace.run(addresses), header)
 
 
-def persistent_tap(namespace: NetNamespace, name: str) -> None:
+def persistent_tap(namespace: NetNamespace, name: str, mtu: int = 1300) -> None:
     with namespace.run(lambda: Tap.open(name)) as tap:
         call(tap.queues[0], tun.TUNSETPERSIST, 1)
 
     def configure() -> None:
         with Links() as links:
-            links.change(name, mtu=1300)
+            links.change(name, mtu=mtu)
             links.add_address(name, "198.51.100.1/24")
 
     namespace.run(configure)
@@ -124,6 +124,13 @@ def test_an_existing_tap_is_left_as_it_was(namespace: NetNamespace, how: int) ->
         process.send_signal(how)
         ended(process, how)
     assert Kept.of(namespace, "tap0") == before
+
+
+def test_the_guest_takes_frames_as_long_as_the_taps(namespace: NetNamespace) -> None:
+    persistent_tap(namespace, "tap0", mtu=9000)
+    with up(namespace, "--tap", "tap0", "--addr", "192.0.2.1/24") as process:
+        assert HostSockets(namespace.run).ping(4, "192.0.2.2", [8972]) == 1
+        ended(process)
 
 
 def test_sink_counts_what_it_drops(namespace: NetNamespace) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from vhostctl.guest.pump import Forwarder
 from vhostctl.host.closing import Closing
+from vhostctl.host.links import Links, exists
 from vhostctl.jobs.guests import GuestIdentity, GuestSpec, make_guests
 from vhostctl.jobs.running import Running
 from vhostctl.jobs.wire import Wire, WireConfig
@@ -34,6 +35,9 @@ class Up(Closing):
 
     def __init__(self, config: WireConfig, guest: GuestSpec, identity: GuestIdentity) -> None:
         """Plan it; nothing is opened yet. Raises InvalidArgument."""
+        if exists(config.session.tap):
+            with Links() as links:
+                config = replace(config, tap_mtu=links.state(config.session.tap).mtu)
         self._wire = Wire(config)
         self._guest = guest
         self._identity = identity

@@ -32,18 +32,20 @@ _LARGEST = mask(virtio.VIRTIO_F_VERSION_1, virtio.VIRTIO_RING_F_INDIRECT_DESC)
 class WireConfig:
     """What to wire, and how: `buffer_size` bytes in each of the driver's buffers.
 
-    `isolated` puts the tap into a fresh namespace that ends with this process.
+    `isolated` puts the tap into a fresh namespace that ends with this process. `tap_mtu` is
+    what the tap has where `link` leaves the MTU as it is.
     """
 
     session: SessionConfig
     link: LinkSettings = field(default_factory=LinkSettings)
     buffer_size: int = 2048
     isolated: bool = True
+    tap_mtu: int = 1500
 
     @property
     def mtu(self) -> int:
         """Bytes of IP in the longest frame."""
-        return self.link.mtu or 1500
+        return self.link.mtu or self.tap_mtu
 
     def memory_size(self) -> int:
         """Return the bytes of guest memory that rings and buffers need."""
