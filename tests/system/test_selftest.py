@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
+from tests.system.conftest import until
 from vhostctl.abi import virtio
 from vhostctl.cli.exitcodes import ExitCode
 from vhostctl.control.features import Policy
@@ -130,3 +134,25 @@ def test_the_command_prints_a_document() -> None:
     document = json.loads(run.stdout)
     assert document["schema"] == "vhostctl.selftest/1"
     assert document["to_guest"]["frames"] == document["to_host"]["frames"] == 100
+
+
+def sockets(pid: int) -> int:
+    """How many the process has: netlink first, then those of ping, then those of the streams."""
+    found = 0
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            found += "socket:" in str(descriptor.readlink())
+    return found
+
+
+def test_an_interrupt_during_traffic_is_clean() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "vhostctl", "selftest", "--frames", "10000000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        until(lambda: sockets(process.pid) >= 6, "traffic")
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in error) == (ExitCode.INTERRUPTED, False), error

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import select
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,8 +23,13 @@ from vhostctl.lab.vm import DEFAULT_TIMEOUT, LostMachineError, Machine, TimeLimi
 
 _CONSOLE_LINES = 15
 
+if TYPE_CHECKING:
+    _Integer = click.ParamType[int]
+else:
+    _Integer = click.ParamType  # generic in newer versions of click only
 
-class _Memory(click.ParamType[int]):
+
+class _Memory(_Integer):
     """A size such as 1024, 512M or 1G, as MiB."""
 
     name = "size"
@@ -37,12 +47,18 @@ def _notice(line: str) -> None:
     click.echo(f"vhostctl: {line}", err=True)
 
 
-def _writer(fd: int) -> Sink:
-    """Return a sink that writes to a descriptor at once."""
+def _writer(fd: int, timeout: float) -> Sink:
+    """Return a sink that writes to a descriptor, and waits for its reader within the limit."""
+    deadline = time.monotonic() + timeout
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
 
     def write(data: bytes) -> None:
         while data:
-            data = data[os.write(fd, data) :]
+            left = max(0.0, deadline - time.monotonic())
+            if not poll.poll(math.ceil(left * 1000)):
+                raise TimeLimitError("the time limit was reached: nobody reads the output")
+            data = data[os.write(fd, data[: select.PIPE_BUF]) :]
 
     return write
 
@@ -174,10 +190,10 @@ def run(
         status = machine.run(
             command,
             timeout=timeout,
-            stdin=None if os.isatty(0) else 0,
-            stdout=_writer(1),
-            stderr=_writer(2),
-            console=_writer(2) if console else None,
+            stdin=None if sys.stdin is None or os.isatty(0) else 0,
+            stdout=_writer(1, timeout),
+            stderr=_writer(2, timeout),
+            console=_writer(2, timeout) if console else None,
         )
     except TimeLimitError as error:
         _complain(error)

@@ -52,8 +52,8 @@ def up(
     """Wire a tap to vhost-net and keep it until SIGINT or SIGTERM.
 
     Behind it is a small guest in this process: echo answers ARP, neighbour solicitations
-    and pings for the address after each --addr and sends UDP back; sink drops what comes;
-    pcap:FILE records it; forward:IFACE moves frames to and from another link.
+    and pings for the address after the first --addr of a family, and sends UDP back; sink
+    drops what comes; pcap:FILE records it; forward:IFACE moves frames to and from a link.
 
     A tap that exists is used as it is and stays; what was made here is removed at the end.
 
@@ -61,7 +61,7 @@ def up(
     Example: vhostctl up demo --tap tap0 --addr 192.0.2.1/24    (then: ping 192.0.2.2)
     """
     spec = GuestSpec.parse(guest)
-    identity = GuestIdentity.choose(name, mac, settings.addresses)
+    identity = GuestIdentity.choose(name, mac, settings.addresses if spec.kind == "echo" else ())
     session = SessionConfig(
         tap=tap,
         device=device,

@@ -31,6 +31,7 @@ _PACKET_MR_PROMISC = 1
 _PCAP_MAGIC_NS = 0xA1B23C4D
 _LINKTYPE_ETHERNET = 1
 _SLICE = 0.2
+_MOST_POSTED = 32768
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class GuestIdentity:
         chosen: dict[int, str] = {}
         for cidr in addresses:
             interface = ipaddress.ip_interface(cidr)
-            chosen.setdefault(interface.version, _next_address(interface))
+            if interface.version not in chosen:
+                chosen[interface.version] = _next_address(interface)
         digest = hashlib.sha256(name.encode()).digest()
         return cls(
             mac=b"\x02" + digest[:5] if mac is None else parse_mac(mac),
@@ -201,6 +203,7 @@ class _Recorder:
         while not self._stopped.is_set():
             if self._pair.wait(_SLICE):
                 self._capture.write(self._pair.receive())
+        self._capture.write(self._pair.receive(_MOST_POSTED))  # what came before the stop
 
     def stop(self) -> None:
         self._stopped.set()

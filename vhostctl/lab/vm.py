@@ -125,9 +125,10 @@ class Machine:
         except LostMachineError as error:
             if on is not Accel.TRIAL or error.started:
                 raise
-            accel.remember(works=False)
             self.notice("no VM comes up on this host's KVM; it is emulated, now and from now on")
-            return self._boot_on(Accel.TCG, command, wires, deadline)
+            status = self._boot_on(Accel.TCG, command, wires, deadline)
+            accel.remember(works=False)  # the same VM came up without it: KVM was to blame
+            return status
         if on is Accel.TRIAL:
             accel.remember(works=True)
         return status
