@@ -22,10 +22,10 @@ class EndpointCounters:
     """What an endpoint did.
 
     `arp`, `neighbour`, `ping` and `echo` are answers sent and `sent` datagrams of the stream
-    that it generates. Of the stream that it checks, `position` is the number of the datagram
-    that is due, `received` those that came, `changed` those of them that were no datagram of
-    the stream, `lost` those that were passed over, `repeated` those that came once more or
-    too late. Frames with a wrong checksum or of no interest are counted last.
+    that it generates. Of the stream that it checks, `position` is how many datagrams are
+    settled, `received` those that came, `changed` those of them that were no datagram of the
+    stream, `lost` those that a later one of their family passed over, `repeated` those that
+    came once more or too late. Frames with a wrong checksum or of no interest come last.
     """
 
     arp: int

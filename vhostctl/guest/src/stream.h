@@ -37,7 +37,8 @@ struct stream_datagram {
 
 struct stream_check {
 	struct stream_rule rule;
-	uint64_t position;	/* the datagram that comes next */
+	uint64_t passed[2];	/* datagrams of IPv4, IPv6 that are settled: received or lost */
+	uint64_t position;	/* both together */
 	uint64_t received;	/* as expected, or changed */
 	uint64_t changed;
 	uint64_t lost;
