@@ -199,7 +199,9 @@ def test_an_interrupt_at_any_moment_leaves_the_tap(namespace: NetNamespace, quar
         process.wait(quarters / 4)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode in (ExitCode.OK, ExitCode.INTERRUPTED), error
+    # An interrupt inside exec() of a string (a dataclass being made, at import) is remembered by
+    # CPython, which then ends by the signal itself; a shell calls that 130 as well.
+    assert process.returncode in (ExitCode.OK, ExitCode.INTERRUPTED, -signal.SIGINT), error
     assert "Traceback" not in error
     assert Kept.of(namespace, "tap0") == before
 
