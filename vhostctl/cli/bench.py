@@ -7,6 +7,7 @@ import dataclasses
 import click
 
 from vhostctl.cli import options, render
+from vhostctl.control.features import Policy
 from vhostctl.control.wiring import SessionConfig
 from vhostctl.jobs import bench as job
 from vhostctl.jobs.bench import BenchResult
@@ -25,9 +26,7 @@ from vhostctl.jobs.bench import BenchResult
 def bench(
     device: str,
     queue_size: int,
-    mrg_rxbuf: bool | None,
-    event_idx: bool | None,
-    indirect: bool | None,
+    policy: Policy,
     direction: str,
     frame: int,
     seconds: float,
@@ -45,7 +44,7 @@ def bench(
     config = SessionConfig(
         device=device,
         queue_size=queue_size,
-        policy=options.policy(mrg_rxbuf, event_idx, indirect),
+        policy=policy,
     )
     directions = ["rx", "tx"] if direction == "both" else [direction]  # rx may lack its sender
     with render.progress("bench", seconds * len(directions)) as progress:

@@ -51,22 +51,30 @@ def link(function: Function) -> Function:
 
 
 def features(function: Function) -> Function:
-    """Add the three feature switches; without one of them the bit is taken if offered."""
+    """Add the three feature switches, handed on as `policy`.
+
+    Without one of them its bit is taken if it is offered.
+    """
+
+    @functools.wraps(function)
+    def with_policy(
+        *args: Any,
+        mrg_rxbuf: bool | None,
+        event_idx: bool | None,
+        indirect: bool | None,
+        **kwargs: Any,
+    ) -> Any:
+        choices = [
+            (virtio.VIRTIO_NET_F_MRG_RXBUF, mrg_rxbuf),
+            (virtio.VIRTIO_RING_F_EVENT_IDX, event_idx),
+            (virtio.VIRTIO_RING_F_INDIRECT_DESC, indirect),
+        ]
+        return function(*args, policy=Policy.of(choices), **kwargs)
+
     for name, text in (
         ("indirect", "Indirect descriptors."),
         ("event-idx", "Event index: fewer kicks and calls."),
         ("mrg-rxbuf", "Mergeable receive buffers."),
     ):
-        function = click.option(f"--{name}/--no-{name}", default=None, help=text)(function)
-    return function
-
-
-def policy(mrg_rxbuf: bool | None, event_idx: bool | None, indirect: bool | None) -> Policy:
-    """Return what the three switches ask for."""
-    return Policy.of(
-        [
-            (virtio.VIRTIO_NET_F_MRG_RXBUF, mrg_rxbuf),
-            (virtio.VIRTIO_RING_F_EVENT_IDX, event_idx),
-            (virtio.VIRTIO_RING_F_INDIRECT_DESC, indirect),
-        ]
-    )
+        with_policy = click.option(f"--{name}/--no-{name}", default=None, help=text)(with_policy)
+    return cast(Function, with_policy)

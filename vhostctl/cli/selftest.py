@@ -7,6 +7,7 @@ import dataclasses
 import click
 
 from vhostctl.cli import options, render
+from vhostctl.control.features import Policy
 from vhostctl.control.wiring import SessionConfig
 from vhostctl.jobs import selftest as job
 from vhostctl.jobs.selftest import SelftestReport
@@ -26,9 +27,7 @@ def selftest(
     device: str,
     queues: int,
     queue_size: int,
-    mrg_rxbuf: bool | None,
-    event_idx: bool | None,
-    indirect: bool | None,
+    policy: Policy,
     frames: int,
     as_json: bool,
     dry_run: bool,
@@ -46,7 +45,7 @@ def selftest(
         device=device,
         queues=queues,
         queue_size=queue_size,
-        policy=options.policy(mrg_rxbuf, event_idx, indirect),
+        policy=policy,
     )
     if dry_run:
         _print_plan(config, as_json)

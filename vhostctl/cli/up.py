@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 import click
 
 from vhostctl.cli import options, render
+from vhostctl.control.features import Policy
 from vhostctl.control.netsetup import LinkSettings
 from vhostctl.control.wiring import SessionConfig
 from vhostctl.jobs.guests import GuestIdentity, GuestSpec
@@ -42,9 +43,7 @@ def up(
     device: str,
     queues: int,
     queue_size: int,
-    mrg_rxbuf: bool | None,
-    event_idx: bool | None,
-    indirect: bool | None,
+    policy: Policy,
     settings: LinkSettings,
     mac: str | None,
     guest: str,
@@ -67,7 +66,7 @@ def up(
         device=device,
         queues=queues,
         queue_size=queue_size,
-        policy=options.policy(mrg_rxbuf, event_idx, indirect),
+        policy=policy,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as ctrl-C: the way to end this
     with Up(WireConfig(session, settings, isolated=False), spec, identity) as running:
