@@ -72,8 +72,8 @@ def up(
     with Up(WireConfig(session, settings, isolated=False), spec, identity) as running:
         where = ", ".join(filter(None, (identity.ipv4, identity.ipv6)))
         at = f" at {where}" if where and spec.kind == "echo" else ""
-        click.echo(f"{name}: {tap} is up, guest {guest}{at}")
         with suppress(KeyboardInterrupt), _line() as show:
+            click.echo(f"{name}: {tap} is up, guest {guest}{at}")
             before = running.traffic()
             while True:
                 time.sleep(_REFRESH)
