@@ -1,8 +1,22 @@
 """Package metadata and the native modules; tool settings live in pyproject.toml."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildPy(build_py):
+    """Copies the module's sources beside the package that builds it; a checkout has them once."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            others = shutil.ignore_patterns("user", "*.o", "*.ko", "*.mod", "*.mod.c", ".*")
+            place = Path(self.build_lib, "vhostctl", "kmod", "src")
+            shutil.copytree("kmod", place, ignore=others, dirs_exist_ok=True)
+
 
 setup(
     name="vhostctl",
@@ -15,10 +29,13 @@ setup(
     packages=find_packages(include=["vhostctl", "vhostctl.*"]),
     package_data={
         "vhostctl": ["py.typed"],
+        "vhostctl.conformance": ["*.toml"],
+        "vhostctl.engine": ["*.cdef", "*.pyi"],
         "vhostctl.guest": ["*.cdef", "*.pyi", "src/*.c", "src/*.h"],
         "vhostctl.lab": ["*.sh"],
     },
-    cffi_modules=["vhostctl/guest/build.py:ffi"],
+    cmdclass={"build_py": BuildPy},
+    cffi_modules=["vhostctl/guest/build.py:ffi", "vhostctl/engine/build.py:ffi"],
     install_requires=[
         "cffi>=1.16",
         "click>=8.1",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
+import os
 from typing import Protocol
 
 from vhostctl.abi.ioctl import Request
@@ -27,6 +29,9 @@ _HINTS: dict[tuple[str | None, int], str] = {
 }
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
 class Channel(Protocol):
     """What answers requests: a descriptor, or an engine in this process."""
 
@@ -40,10 +45,17 @@ class Channel(Protocol):
 def ioctl(fd: int, request: Request, argument: object) -> int:
     """Issue `request` on `fd`; `argument` is a ctypes object, an int or None.
 
-    Returns ioctl(2)'s result; raises OSError as it came.
+    An int goes as it is: a value, or an address, which need not be valid. Returns
+    ioctl(2)'s result; raises OSError as it came.
     """
-    number = 0 if argument is None else argument
-    return fcntl.ioctl(fd, request.number, number)  # type: ignore[call-overload, no-any-return]
+    if argument is not None and not isinstance(argument, int):
+        return fcntl.ioctl(fd, request.number, argument)  # type: ignore[call-overload, no-any-return]
+    # fcntl.ioctl takes numbers of 32 bits only, which no address fits.
+    result: int = _libc.ioctl(fd, ctypes.c_ulong(request.number), ctypes.c_ulong(argument or 0))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
 
 
 def refusal(error: OSError, request: str, target: str) -> KernelError:

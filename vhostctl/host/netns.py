@@ -16,7 +16,8 @@ _CLONE_NEWNET = 0x40000000  # linux/sched.h; os.unshare() comes with Python 3.12
 T = TypeVar("T")
 
 
-def _unshare() -> None:
+def unshare() -> None:
+    """Move the calling thread into a fresh namespace. Raises KernelError (EPERM)."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNET) != 0:
         raise kernel_error(
@@ -35,7 +36,7 @@ class NetNamespace(Closing):
         """Make the namespace. Raises KernelError (EPERM without CAP_SYS_ADMIN)."""
         self._thread = ThreadPoolExecutor(1, "vhostctl-netns")
         try:
-            self.run(_unshare)
+            self.run(unshare)
         except BaseException:
             self.close()
             raise

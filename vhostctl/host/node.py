@@ -41,3 +41,11 @@ class DeviceNode(Handle):
     def ioctl(self, request: Request, argument: object) -> int:
         """As ioctl(2): return its result, raise OSError with its errno."""
         return ioctl(self.fileno(), request, argument)
+
+    def read(self, size: int) -> bytes:
+        """As read(2): return up to `size` bytes, raise OSError with its errno."""
+        return os.read(self.fileno(), size)
+
+    def write(self, data: bytes) -> int:
+        """As write(2): return how many bytes it says it took, raise OSError with its errno."""
+        return os.write(self.fileno(), data)

@@ -13,11 +13,14 @@ from typing import Protocol, Self
 from vhostctl.abi import vhost
 from vhostctl.abi.ioctl import Request
 from vhostctl.host.closing import Closing
-from vhostctl.host.ioctl import Channel, call
+from vhostctl.host.ioctl import Channel, call, refusal
 from vhostctl.host.node import DeviceNode
 
 DEFAULT_PATH = "/dev/vhost-net"
+ENGINE = "engine"  # in place of a path: the vhost-net of this process
 RX, TX = 0, 1
+
+IotlbMessage = vhost.vhost_msg | vhost.vhost_msg_v2
 
 
 class Region(Protocol):
@@ -41,6 +44,14 @@ class OwnedChannel(Channel, Protocol):
 
     def fileno(self) -> int:
         """Return its descriptor."""
+        ...
+
+    def read(self, size: int) -> bytes:
+        """As read(2): return up to `size` bytes, raise OSError with its errno."""
+        ...
+
+    def write(self, data: bytes) -> int:
+        """As write(2): return how many bytes it says it took, raise OSError with its errno."""
         ...
 
     def detach(self) -> int:
@@ -72,6 +83,23 @@ class VhostNet(Closing):
         node.label = label or path
         return cls(node)
 
+    @classmethod
+    def at(cls, device: str, label: str = "") -> Self:
+        """Open what the user calls `device`: the path of a node, or "engine"."""
+        return cls.embedded(label or ENGINE) if device == ENGINE else cls.open(device, label)
+
+    @classmethod
+    def embedded(cls, label: str = ENGINE) -> Self:
+        """Make a vhost-net in this process; it needs no module, no node and no privilege.
+
+        Its worker is a thread of this process, and it cannot be detached. Raises KernelError
+        (EMFILE, ENOMEM).
+        """
+        # Inside, because it stands above this layer.
+        from vhostctl.engine.device import Engine
+
+        return cls(Engine(label))
+
     @property
     def label(self) -> str:
         """What error messages call this device."""
@@ -92,6 +120,35 @@ class VhostNet(Closing):
     def request(self, request: Request, argument: object = None, queue: int | None = None) -> int:
         """Issue any request; `argument` is of its argument type. Returns ioctl(2)'s result."""
         return call(self._channel, request, argument, "" if queue is None else f"queue {queue}")
+
+    def read(self, size: int) -> bytes:
+        """Read one IOTLB message if `size` bytes hold it; KernelError (EAGAIN) if none waits."""
+        try:
+            return self._channel.read(size)
+        except OSError as error:
+            raise refusal(error, "read", self.label) from error
+
+    def write(self, data: bytes) -> int:
+        """Write one IOTLB message; returns the length of a whole one, even if `data` is less."""
+        try:
+            return self._channel.write(data)
+        except OSError as error:
+            raise refusal(error, "write", self.label) from error
+
+    def read_message(self) -> IotlbMessage:
+        """Read the next IOTLB message, a miss; KernelError (EAGAIN) if none waits.
+
+        Its version is 2 if VHOST_BACKEND_F_IOTLB_MSG_V2 was acknowledged.
+        """
+        data = self.read(ctypes.sizeof(vhost.vhost_msg))
+        message = vhost.vhost_msg.from_buffer_copy(data)
+        if message.type == vhost.VHOST_IOTLB_MSG_V2:
+            return vhost.vhost_msg_v2.from_buffer_copy(data)
+        return message
+
+    def write_message(self, message: IotlbMessage) -> None:
+        """Write an IOTLB message, an update or invalidation; EFAULT if it is not taken."""
+        self.write(bytes(message))
 
     def set_owner(self) -> None:
         """VHOST_SET_OWNER: bind the device to this process's memory, start its worker."""

@@ -1,0 +1,50 @@
+"""Describe the compiled module of the embedded device to cffi.
+
+setuptools runs this file from the project's root and takes `ffi` from it, so it imports
+nothing of the package that it helps to build. To build it otherwise, as the tests do:
+`python vhostctl/engine/build.py FOLDER [COMPILER OPTION...]` puts the module below FOLDER.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from cffi import FFI
+
+_HERE = Path(__file__).resolve().parent
+_ROOT = _HERE.parents[1]
+_PARTS = ("kmod/core", "kmod/user")
+
+
+def describe(root: Path, options: Iterable[str] = ()) -> FFI:
+    """Return the module's description; its sources are named from `root`.
+
+    `options` go to the compiler and to the linker.
+    """
+    files = [path.relative_to(_ROOT) for part in _PARTS for path in (_ROOT / part).glob("*.[ch]")]
+    sources = sorted(str(root / path) for path in files if path.suffix == ".c")
+    headers = sorted(str(root / path) for path in files if path.suffix == ".h")
+    module = FFI()
+    module.cdef((_HERE / "native.cdef").read_text(encoding="ascii"))
+    module.set_source(
+        "vhostctl.engine._native",
+        """
+        #include "engine.h"
+        #include "vhm.h"
+        """,
+        sources=sources,
+        depends=headers,
+        include_dirs=[str(root / part) for part in _PARTS],
+        extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", *options],
+        extra_link_args=list(options),
+    )
+    return module
+
+
+ffi = describe(Path())  # setuptools wants names from the project's root
+
+if __name__ == "__main__":
+    folder, *more = sys.argv[1:]
+    describe(_ROOT, more).compile(tmpdir=folder, verbose=True)
