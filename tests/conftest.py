@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from vhostctl.host.vhost import DEFAULT_PATH
+
 _skipped: dict[str, str] = {}
 
 
@@ -15,6 +17,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="fail the run if a test is skipped that FILE does not list (one node id a line)",
     )
+
+    parser.addoption(
+        "--device",
+        metavar="DEVICE",
+        default=DEFAULT_PATH,
+        help="the vhost-net that system and conformance tests use: a node, or engine",
+    )
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """What `--device` says."""
+    return str(request.config.getoption("--device"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -76,6 +76,7 @@ def test_a_lost_vm_shows_the_end_of_its_console_once(monkeypatch: pytest.MonkeyP
 def test_options_reach_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = runs(monkeypatch, 0)
     words = ["-k", "6.12", "--cpus", "1", "--memory", "1G", "--icount", "--timeout", "9"]
+    words += ["--append", "slub_debug=FZ quiet"]
     result = invoke(
         "run", *words, "--share", str(tmp_path), "--accel", "tcg", "ls", "-k", "--", "x"
     )
@@ -83,6 +84,7 @@ def test_options_reach_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     machine: Machine = calls[0]["machine"]
     assert (machine.kernel.series, machine.cpus, machine.memory) == ("6.12", 1, 1024)
     assert (machine.icount, machine.accel, machine.share) == (True, "tcg", (tmp_path,))
+    assert machine.append == "slub_debug=FZ quiet"
     assert calls[0]["argv"] == ("ls", "-k", "--", "x")
     assert calls[0]["timeout"] == 9
 
@@ -105,6 +107,7 @@ def test_memory_sizes(monkeypatch: pytest.MonkeyPatch, text: str, size: int) -> 
         ["run", "-k", "6.12", "--icount", "--cpus", "2", "true"],
         ["run", "-k", "6.12", "--timeout", "0", "true"],
         ["run", "-k", "6.12", "--share", "/no/such/directory", "true"],
+        ["run", "-k", "6.12", "--append", "quiet -- init", "true"],
         ["shell", "-k", "6.12"],
         ["fetch"],
         ["fetch", "5.4"],
@@ -131,9 +134,10 @@ def test_list(cache: Path) -> None:
             "release": "6.12.117+deb12-amd64",
             "path": str(cache / "kernels/6.12.117+deb12-amd64"),
             "fetched": True,
+            "headers": False,
         },
-        {"series": "6.1", "release": None, "path": None, "fetched": False},
-        {"series": "7.2", "release": None, "path": None, "fetched": False},
+        {"series": "6.1", "release": None, "path": None, "fetched": False, "headers": False},
+        {"series": "7.2", "release": None, "path": None, "fetched": False, "headers": False},
     ]
     table = invoke("list").stdout
     assert "6.12.117+deb12-amd64" in table
@@ -141,7 +145,8 @@ def test_list(cache: Path) -> None:
 
 
 def test_fetch_says_where(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    def fetch(*series: str, progress: Any) -> list[kernels.Kernel]:
+    def fetch(*series: str, with_headers: bool, progress: Any) -> list[kernels.Kernel]:
+        assert not with_headers
         progress("package index", 50.0)
         return [kernels.find(name) for name in series]
 
@@ -151,15 +156,24 @@ def test_fetch_says_where(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     assert result.stderr == ""
 
 
-def test_fetch_missing_passes_over_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def test_fetch_missing_passes_over_what_is_there(
+    monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    asked: list[tuple[str, bool]] = []
 
-    def fetch(*series: str, progress: Any) -> list[kernels.Kernel]:  # noqa: ARG001
-        asked.extend(series)
+    def fetch(*series: str, with_headers: bool, progress: Any) -> list[kernels.Kernel]:  # noqa: ARG001
+        asked.extend((name, with_headers) for name in series)
         return []
 
     monkeypatch.setattr(kernels, "fetch", fetch)
     assert invoke("fetch", "--missing", "6.12").exit_code == 0
     assert asked == []
     invoke("fetch", "--missing", "6.12", "7.2")
-    assert asked == ["7.2"]
+    assert asked == [("7.2", False)]
+
+    asked.clear()
+    invoke("fetch", "--missing", "--headers", "6.12")
+    assert asked == [("6.12", True)]
+    (cache / "headers" / "6.12.117+deb12-amd64").mkdir(parents=True)
+    invoke("fetch", "--missing", "--headers", "6.12")
+    assert asked == [("6.12", True)]

@@ -85,6 +85,12 @@ def test_the_kernel_is_told_to_die_of_its_troubles(boot: Boot) -> None:
     )
 
 
+def test_more_for_the_kernel_comes_before_init(boot: Boot) -> None:
+    more = dataclasses.replace(boot, append="slub_debug=FZPU  oops=continue")
+    line = compose.kernel_command_line(more, "/bin/busybox")
+    assert " loglevel=1 slub_debug=FZPU oops=continue init=/bin/busybox -- " in line
+
+
 def test_counting_instructions_fixes_the_layout(boot: Boot) -> None:
     counted = dataclasses.replace(boot, icount=True)
     options = compose.qemu_options(counted, "/b", {})

@@ -178,9 +178,30 @@ def test_fetch_leaves_a_bootable_tree(cache: Path) -> None:
     ]
     assert list(dict.fromkeys(seen)) == [
         "linux-image-6.1.0-56-amd64 6.1.192-2",
-        "unpack 6.1.0-56-amd64",
+        "unpack kernel 6.1.0-56-amd64",
     ]
     assert kernels.fetch("6.1") == [kernel]
+
+
+HEADERS = """\
+#!/bin/sh
+build=$3/usr/src/linux-headers-6.1.0-56-amd64
+mkdir -p "$build/include/config" "$build/include/generated"
+touch "$build/Makefile" "$build/include/config/auto.conf" "$build/include/generated/autoconf.h"
+"""
+
+
+def test_headers_are_fetched_for_a_kernel_that_is_there(
+    programs: Path, cache: Path, tmp_path: Path
+) -> None:
+    (kernel,) = kernels.fetch("6.1")
+    assert not kernel.has_headers
+    (programs / "dpkg-deb").write_text(HEADERS)
+    record = tmp_path / "records" / "linux-headers-6.1.0-56-amd64"
+    record.write_text("Package: linux-headers-6.1.0-56-amd64\nVersion: 6.1.192-2\n")
+    assert kernels.fetch("6.1", with_headers=True) == [kernel]
+    assert kernels.find("6.1").has_headers
+    assert sorted(path.name for path in cache.iterdir()) == ["headers", "kernels"]
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,9 @@ _accel = click.option(
 )
 _cpus = click.option("--cpus", type=int, metavar="N", help="Default: 2 where the host has them.")
 _memory = click.option("--memory", type=_Memory(), default="1024", help="In MiB, or with M or G.")
+_append = click.option(
+    "--append", default="", metavar="OPTIONS", help="More for the kernel's command line."
+)
 _share = click.option(
     "--share",
     type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path),
@@ -86,8 +89,9 @@ def lab() -> None:
 
 @lab.command()
 @click.option("--missing", is_flag=True, help="Only series that the cache lacks; no network else.")
+@click.option("--headers", is_flag=True, help="Also what modules for it are built with.")
 @click.argument("series", nargs=-1, required=True)
-def fetch(series: Sequence[str], missing: bool) -> None:
+def fetch(series: Sequence[str], missing: bool, headers: bool) -> None:
     """Bring the newest kernel of each SERIES into the cache, without root.
 
     \b
@@ -97,7 +101,9 @@ def fetch(series: Sequence[str], missing: bool) -> None:
     $VHOSTCTL_CACHE, or vhostctl below $XDG_CACHE_HOME or ~/.cache.
     """
     if missing:
-        there = {kernel.series for kernel in kernels.installed()}
+        # Only the newest of a series counts, as for -k.
+        newest = {kernel.series: kernel for kernel in kernels.installed()}
+        there = {name for name, kernel in newest.items() if kernel.has_headers or not headers}
         series = [name for name in series if name not in there]
         if not series:
             return
@@ -114,7 +120,7 @@ def fetch(series: Sequence[str], missing: bool) -> None:
                 tasks[what] = bar.add_task(what, total=100)
             bar.update(tasks[what], completed=percent)
 
-        fetched = kernels.fetch(*series, progress=progress)
+        fetched = kernels.fetch(*series, with_headers=headers, progress=progress)
     for kernel in fetched:
         click.echo(f"{kernel.series}: {kernel.release} in {kernel.tree}")
 
@@ -130,11 +136,18 @@ def list_kernels(as_json: bool) -> None:
     found = kernels.installed()
     missing = [series for series in kernels.SERIES if series not in {k.series for k in found}]
     entries: list[dict[str, str | bool | None]] = [
-        {"series": k.series, "release": k.release, "path": str(k.tree), "fetched": True}
+        {
+            "series": k.series,
+            "release": k.release,
+            "path": str(k.tree),
+            "fetched": True,
+            "headers": k.has_headers,
+        }
         for k in found
     ]
     entries += [
-        {"series": series, "release": None, "path": None, "fetched": False} for series in missing
+        {"series": series, "release": None, "path": None, "fetched": False, "headers": False}
+        for series in missing
     ]
     if as_json:
         render.json_document("lab.list/1", {"kernels": entries})
@@ -159,6 +172,7 @@ def list_kernels(as_json: bool) -> None:
     show_default=True, metavar="SECONDS", help="For the boot and the command.",
 )  # fmt: skip
 @_share
+@_append
 @click.option("-v", "--console", is_flag=True, help="Show the kernel's console on stderr.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
@@ -171,6 +185,7 @@ def run(
     accel: str | None,
     timeout: float,
     share: tuple[Path, ...],
+    append: str,
     console: bool,
     command: Sequence[str],
 ) -> None:
@@ -185,7 +200,9 @@ def run(
     Exit status: COMMAND's own; 124 the time limit was reached; 125 the VM was lost; 3 something
     that is needed is missing; 130 interrupted.
     """
-    machine = Machine(kernels.find(kernel), cpus, memory, icount, accel, share, notice=_notice)
+    machine = Machine(
+        kernels.find(kernel), cpus, memory, icount, accel, share, notice=_notice, append=append
+    )
     try:
         status = machine.run(
             command,

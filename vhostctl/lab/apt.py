@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -243,6 +243,23 @@ def parse_package(record: Mapping[str, str]) -> Package:
         int(record.get("Size", 0)),
         int(record.get("Installed-Size", 0)) * 1024,
     )
+
+
+def closure(
+    package: Callable[[str], Package], names: Iterable[str], part: re.Pattern[str]
+) -> list[Package]:
+    """Return the packages `names` and what they depend on as far as `part` matches the names.
+
+    `package` looks one up by name.
+    """
+    wanted = list(names)
+    packages: dict[str, Package] = {}
+    while wanted:
+        name = wanted.pop(0)
+        if name not in packages:
+            packages[name] = package(name)
+            wanted += [found for found in packages[name].depends if part.fullmatch(found)]
+    return list(packages.values())
 
 
 def _cause(complaint: str) -> str:

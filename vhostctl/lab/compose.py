@@ -42,7 +42,10 @@ _KERNEL_OPTIONS = (
 
 @dataclass(frozen=True)
 class Boot:
-    """The machine of one boot; `memory` in MiB, `directory` as `write_guest_files` left it."""
+    """The machine of one boot; `memory` in MiB, `directory` as `write_guest_files` left it.
+
+    `append` is added to the kernel's command line.
+    """
 
     kernel: Kernel
     cpus: int
@@ -52,6 +55,7 @@ class Boot:
     share: tuple[Path, ...]
     directory: Path
     verbose: bool
+    append: str = ""
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,8 @@ def kernel_command_line(boot: Boot, busybox: str) -> str:
     if boot.icount:
         level += " norandmaps"  # the same layout, so the same instructions, in each run
     init = f'"{boot.directory}/init" "{busybox}" "{boot.directory}"'
-    return f"{_KERNEL_OPTIONS} {level} init={busybox} -- sh {init}"
+    words = [_KERNEL_OPTIONS, level, *boot.append.split(), f"init={busybox}", "--", "sh", init]
+    return " ".join(words)
 
 
 def check_visible(path: Path, share: Sequence[Path]) -> None:

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 
 from vhostctl.errors import EnvironmentMissing, InvalidArgument, VhostctlError
-from vhostctl.lab import apt, cache, process
+from vhostctl.lab import apt, cache, headers, process
 from vhostctl.lab.apt import Package, PrivateApt, Progress
 
 SERIES: dict[str, tuple[str, str]] = {
@@ -57,6 +57,11 @@ class Kernel:
         """The module directory, with modules.dep."""
         return self.tree / "lib" / "modules" / self.release
 
+    @property
+    def has_headers(self) -> bool:
+        """Whether the cache also has what modules for it are built with."""
+        return headers.place(self.release).exists()
+
 
 def series_of(release: str) -> str:
     """Return the series of a release; InvalidArgument if it does not look like one."""
@@ -89,10 +94,13 @@ def find(name: str) -> Kernel:
     )
 
 
-def fetch(*series: str, progress: Progress = lambda _what, _percent: None) -> list[Kernel]:
+def fetch(
+    *series: str, with_headers: bool = False, progress: Progress = lambda _what, _percent: None
+) -> list[Kernel]:
     """Bring the newest kernel of each series into the cache and return them in that order.
 
-    One that is there already is not downloaded again. Raises InvalidArgument for an unknown
+    `with_headers` also brings what modules for it are built with (`headers`). What is there
+    already is not downloaded again. Raises InvalidArgument for an unknown
     series, EnvironmentMissing for a missing program, an archive that cannot be reached or
     does not carry the series, and a full disk; the cache is as it was then.
     """
@@ -111,7 +119,10 @@ def fetch(*series: str, progress: Progress = lambda _what, _percent: None) -> li
             source = PrivateApt(directory / suite, archives.sources(suite))
             source.update(progress)
             for name in names:
-                fetched[name] = _fetch_one(source, name, directory / name, progress)
+                kernel = _fetch_one(source, name, directory / name, progress)
+                if with_headers:
+                    _fetch_headers(source, kernel.release, directory / f"{name}-headers", progress)
+                fetched[name] = kernel
     return [fetched[name] for name in series]
 
 
@@ -121,13 +132,8 @@ def resolve(package: Callable[[str], Package], series: str) -> list[Package]:
     `package` looks one up by name. EnvironmentMissing if the suite has moved on to another series.
     """
     suite, meta = SERIES[series]
-    wanted = [name for name in package(meta).depends if _PART.fullmatch(name)]
-    packages: dict[str, Package] = {}
-    while wanted:
-        name = wanted.pop(0)
-        if name not in packages:
-            packages[name] = package(name)
-            wanted += [part for part in packages[name].depends if _PART.fullmatch(part)]
+    names = [name for name in package(meta).depends if _PART.fullmatch(name)]
+    packages = apt.closure(package, names, _PART)
     if not packages:
         raise EnvironmentMissing(f"{meta} in {suite} depends on no kernel")
     carried = series_of(_release(packages))
@@ -136,7 +142,7 @@ def resolve(package: Callable[[str], Package], series: str) -> list[Package]:
             f"{suite} now carries kernel {carried}, not {series}",
             hint="kernels that were fetched before stay usable, see vhostctl lab list",
         )
-    return list(packages.values())
+    return packages
 
 
 def settle(tree: Path, release: str) -> None:
@@ -153,35 +159,55 @@ def settle(tree: Path, release: str) -> None:
 
 def _fetch_one(source: PrivateApt, series: str, directory: Path, progress: Progress) -> Kernel:
     packages = resolve(source.package, series)
-    release = _release(package.name for package in packages)
+    release = _release(packages)
     kernel = Kernel(release, cache.directory() / "kernels" / release)
-    if kernel.tree.exists():
-        return kernel
+    if not kernel.tree.exists():
+        tree = _unpack(source, packages, f"kernel {release}", directory, progress)
+        settle(tree, release)
+        _place(tree, kernel.tree)
+    return kernel
+
+
+def _fetch_headers(source: PrivateApt, release: str, directory: Path, progress: Progress) -> None:
+    place = headers.place(release)
+    if not place.exists():
+        packages = headers.resolve(source.package, release)
+        tree = _unpack(source, packages, f"headers of {release}", directory, progress)
+        headers.settle(tree, release)
+        _place(tree, place)
+
+
+def _unpack(
+    source: PrivateApt, packages: Sequence[Package], what: str, directory: Path, progress: Progress
+) -> Path:
+    """Download packages into a directory, and return the tree below it that they unpack to."""
     tree = directory / "tree"
     tree.mkdir(parents=True)
     # The packages and the tree exist at the same time.
     needed = sum(package.size + package.unpacked for package in packages)
     if shutil.disk_usage(tree).free < needed:
-        raise cache.no_space(cache.directory(), f"{needed >> 20} MiB for kernel {series}")
+        raise cache.no_space(cache.directory(), f"{needed >> 20} MiB for {what}")
     for number, archive in enumerate(source.download(packages, directory, progress)):
-        progress(f"unpack {release}", 100 * number / len(packages))
+        progress(f"unpack {what}", 100 * number / len(packages))
         _run(["dpkg-deb", "-x", str(archive), str(tree)])
         archive.unlink()
-    settle(tree, release)
-    kernel.tree.parent.mkdir(exist_ok=True)
+    progress(f"unpack {what}", 100)
+    return tree
+
+
+def _place(tree: Path, place: Path) -> None:
+    """Put a tree where it belongs; whoever fetched the same meanwhile was as good."""
+    place.parent.mkdir(exist_ok=True)
     try:
-        tree.rename(kernel.tree)
+        tree.rename(place)
     except OSError:
-        # Whoever fetched the same release meanwhile was as good.
-        if not kernel.tree.exists():
+        if not place.exists():
             raise
-    progress(f"unpack {release}", 100)
-    return kernel
 
 
-def _release(names: Iterable[str]) -> str:
+def _release(packages: Iterable[Package]) -> str:
     """Return the release that the parts of a kernel are named after."""
-    return next(match[1] for name in names if (match := _PART.fullmatch(name)))
+    return next(match[1] for one in packages if (match := _PART.fullmatch(one.name)))
 
 
 def _order(release: str) -> list[int]:

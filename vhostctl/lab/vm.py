@@ -37,6 +37,7 @@ class Machine:
     one CPU of the emulator. `accel` is auto, kvm or tcg; None asks $VHOSTCTL_ACCEL. The guest sees
     the host's root, and its writes there stay in its memory; what it writes to the directories in
     `share` reaches the host. `notice` gets a line when the VM runs otherwise than was asked.
+    `append` is added to the kernel's command line.
     Raises InvalidArgument for values that cannot work.
     """
 
@@ -47,6 +48,7 @@ class Machine:
     accel: str | None = None
     share: tuple[Path, ...] = ()
     notice: Callable[[str], object] = lambda _line: None
+    append: str = ""
 
     def __post_init__(self) -> None:
         if self.cpus is not None and self.cpus < 1:
@@ -60,6 +62,8 @@ class Machine:
                 raise InvalidArgument(f"cannot share {path}: not the absolute path of a directory")
             if path in (Path("/"), *compose.OWN_DIRECTORIES):
                 raise InvalidArgument(f"cannot share {path}: the guest needs its own")
+        if "--" in self.append.split() or "\n" in self.append:
+            raise InvalidArgument("what is appended has to be options of the kernel, in one line")
 
     def run(
         self,
@@ -151,6 +155,7 @@ class Machine:
                 self.share,
                 directory,
                 verbose=wires is not None and wires.console is not None,
+                append=self.append,
             )
             ports = stack.enter_context(Ports())
             argv = compose.qemu_command(boot, ports.inherited)

@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* The trace points' bodies, compiled once. */
+#include "mirror.h"
+
+#define CREATE_TRACE_POINTS
+#include "trace.h"

@@ -1,0 +1,1 @@
+"""The rules: every module here is a group, every case in it one rule."""
