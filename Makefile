@@ -1,8 +1,11 @@
 # Each target installs what it misses, then does its job.
 #
-#   make demo       wire a tap to vhost-net and send traffic through it, in a VM if need be
+#   make demo       wire a tap to vhost-net, or to the embedded engine, and send traffic through it
+#   make demo-kernel  the same on a real kernel's vhost-net, in a VM
 #   make test       lint, types, host tests, lab tests on $(KERNELS)
 #   make test-all   the same on every kernel
+#   make lint-c     the module: compiler's warnings, sparse, checkpatch
+#   make kmod       the module for the running kernel
 #   make bench      packets a second and CPU cost, in instructions
 #   make clean      remove what these made in this folder (not the kernels in the cache)
 
@@ -10,15 +13,20 @@ PYTHON  ?= python3
 KERNELS ?= 6.1
 ALL     := 6.1 6.12 7.2
 BIN     := .venv/bin
-NATIVE  := $(wildcard vhostctl/guest/src/*.[ch]) vhostctl/guest/native.cdef vhostctl/guest/build.py
+NATIVE  := $(wildcard vhostctl/guest/src/*.[ch] kmod/core/*.[ch] kmod/user/*.[ch]) \
+	   $(wildcard vhostctl/*/native.cdef vhostctl/*/build.py)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all lint host-test lab-test bench bytecode packages kernels clean
+.PHONY: demo demo-kernel test test-all lint lint-c host-test lab-test kmod \
+	bench bytecode packages test-packages kernels clean
 
 demo: .venv/ready bytecode
 	@.ci/demo $(firstword $(KERNELS))
 
-test: lint host-test lab-test
+demo-kernel: .venv/ready bytecode
+	@.ci/demo $(firstword $(KERNELS)) kernel
+
+test: lint lint-c host-test lab-test
 
 test-all:
 	$(MAKE) test KERNELS="$(ALL)"
@@ -28,10 +36,19 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-host-test: .venv/ready
-	$(BIN)/python -m pytest tests/unit tests/cli --allowed-skips .ci/allowed-skips.txt
+lint-c: .venv/ready kernels test-packages
+	$(BIN)/vhostctl kmod build -k 6.1 --sparse
+	$(BIN)/python .ci/checkpatch.py
 
-lab-test: .venv/ready bytecode kernels
+kmod: .venv/ready
+	$(BIN)/vhostctl kmod build
+
+host-test: .venv/ready
+	$(BIN)/python -m pytest tests/unit tests/cli tests/core --allowed-skips .ci/allowed-skips.txt
+	$(BIN)/python -m pytest tests/conformance tests/system/test_selftest.py --device engine \
+		--allowed-skips .ci/allowed-skips.txt
+
+lab-test: .venv/ready bytecode kernels test-packages
 	VHOSTCTL_TEST_KERNELS="$(KERNELS)" \
 	$(BIN)/python -m pytest tests/vm --allowed-skips .ci/allowed-skips.txt
 
@@ -39,7 +56,7 @@ bench: .venv/ready bytecode kernels
 	@.ci/bench $(firstword $(KERNELS))
 
 kernels: .venv/ready
-	$(BIN)/vhostctl lab fetch --missing $(sort 6.1 $(KERNELS))
+	$(BIN)/vhostctl lab fetch --missing --headers $(sort 6.1 $(KERNELS))
 
 # A VM starts our programs faster with it, and cannot keep what it compiles itself.
 bytecode: .venv/ready
@@ -47,6 +64,9 @@ bytecode: .venv/ready
 
 packages:
 	@.ci/packages
+
+test-packages:
+	@.ci/packages dkms iperf3 perl sparse
 
 .venv/ready: setup.py pyproject.toml $(NATIVE) | packages
 	$(PYTHON) -m venv .venv

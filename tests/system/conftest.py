@@ -1,4 +1,4 @@
-"""Tests here need root, /dev/vhost-net and /dev/net/tun: they run inside a lab VM."""
+"""Tests here need root, the node of --device and /dev/net/tun: most run inside a lab VM."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from vhostctl.host.netns import NetNamespace
+from vhostctl.host.vhost import ENGINE
 from vhostctl.host.worker import workers
 
-NODES = ("/dev/vhost-net", "/dev/net/tun")
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    missing = [node for node in NODES if not Path(node).exists()]
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    nodes = {str(config.getoption("--device")), "/dev/net/tun"} - {ENGINE}
+    missing = [node for node in sorted(nodes) if not Path(node).exists()]
     reason = f"no {' and no '.join(missing)}" if missing else "not root" if os.geteuid() else ""
     for item in items:
         if reason and Path(__file__).parent in item.path.parents:

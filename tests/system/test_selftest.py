@@ -43,9 +43,12 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("queues", "size", "choices"), COMBINATIONS)
-def test_every_frame_is_accounted_for(queues: int, size: int, choices: tuple[bool, ...]) -> None:
+def test_every_frame_is_accounted_for(
+    device: str, queues: int, size: int, choices: tuple[bool, ...]
+) -> None:
     policy = Policy.of(zip(FEATURES.values(), choices, strict=True))
-    report = selftest(SessionConfig(queues=queues, queue_size=size, policy=policy), FRAMES)
+    config = SessionConfig(device=device, queues=queues, queue_size=size, policy=policy)
+    report = selftest(config, FRAMES)
     assert report.problems == []
     assert (report.to_guest.frames, report.to_host.frames) == (FRAMES, FRAMES)
     assert report.to_guest.bytes == report.to_host.bytes > FRAMES
@@ -55,14 +58,14 @@ def test_every_frame_is_accounted_for(queues: int, size: int, choices: tuple[boo
         assert (virtio.FEATURE_NAMES[bit] in report.features) is choice
 
 
-def test_a_long_run_in_the_default_combination() -> None:
-    report = selftest(SessionConfig(), 100_000)
+def test_a_long_run_in_the_default_combination(device: str) -> None:
+    report = selftest(SessionConfig(device=device), 100_000)
     assert report.problems == []
     assert (report.to_guest.frames, report.to_host.frames) == (100_000, 100_000)
     assert report.kicks + report.calls < 200_000  # notifications are suppressed, not one each
 
 
-def test_a_changed_datagram_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_datagram_is_seen(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Stream.payload
 
     def forged(stream: Stream, k: int) -> bytes:
@@ -70,7 +73,7 @@ def test_a_changed_datagram_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return payload[:-1] + bytes([payload[-1] ^ 1]) if k == 100 else payload
 
     monkeypatch.setattr(Stream, "payload", forged)
-    report = selftest(SessionConfig(), 200)
+    report = selftest(SessionConfig(device=device), 200)
     assert report.problems == [
         "1 datagrams changed to the guest",
         "1 datagrams changed to the host",
@@ -100,13 +103,13 @@ class Lossy:
         self._socket.close()
 
 
-def test_a_lost_datagram_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_datagram_is_seen(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vhostctl.jobs.selftest.PATIENCE", 2)
     honest = HostSockets.sender
     monkeypatch.setattr(
         HostSockets, "sender", lambda *args: Lossy(honest(*args)) if args[1] == 4 else honest(*args)
     )
-    report = selftest(SessionConfig(), 200)
+    report = selftest(SessionConfig(device=device), 200)
     # Every second datagram is IPv4, and steering took the first one of its socket.
     window = -(-2 * 39 // hosttraffic.WINDOW) * hosttraffic.WINDOW
     assert report.problems == [
@@ -116,15 +119,16 @@ def test_a_lost_datagram_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_a_required_feature_that_is_missing_is_named() -> None:
+def test_a_required_feature_that_is_missing_is_named(device: str) -> None:
     policy = Policy.of([(virtio.VIRTIO_NET_F_MAC, True)])
     with pytest.raises(NegotiationError, match="VIRTIO_NET_F_MAC"):
-        selftest(SessionConfig(policy=policy), 1)
+        selftest(SessionConfig(device=device, policy=policy), 1)
 
 
-def test_the_command_prints_a_document() -> None:
+def test_the_command_prints_a_document(device: str) -> None:
+    command = [sys.executable, "-m", "vhostctl", "selftest", "--device", device]
     run = subprocess.run(
-        [sys.executable, "-m", "vhostctl", "selftest", "--frames", "100", "--json"],
+        [*command, "--frames", "100", "--json"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -145,9 +149,10 @@ def sockets(pid: int) -> int:
     return found
 
 
-def test_an_interrupt_during_traffic_is_clean() -> None:
+def test_an_interrupt_during_traffic_is_clean(device: str) -> None:
+    command = [sys.executable, "-m", "vhostctl", "selftest", "--device", device]
     with subprocess.Popen(
-        [sys.executable, "-m", "vhostctl", "selftest", "--frames", "10000000"],
+        [*command, "--frames", "10000000"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
@@ -11,11 +12,33 @@ import click
 from vhostctl.abi import virtio
 from vhostctl.control.features import Policy
 from vhostctl.control.netsetup import LinkSettings
-from vhostctl.host.vhost import DEFAULT_PATH
+from vhostctl.host.vhost import DEFAULT_PATH, ENGINE
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+
+def _or_engine(_context: click.Context, _option: click.Parameter, device: str | None) -> str:
+    """Return `device`, or without one what is there: the kernel's vhost-net or the engine."""
+    if device is not None or Path(DEFAULT_PATH).exists():
+        return device or DEFAULT_PATH
+    click.echo(f"There is no {DEFAULT_PATH}: the embedded engine takes its part.", err=True)
+    return ENGINE
+
+
 device = click.option(
+    "--device",
+    default=DEFAULT_PATH,
+    show_default=True,
+    metavar="DEVICE",
+    help="vhost-net node, or engine for the one in this process.",
+)
+device_or_engine = click.option(
+    "--device",
+    callback=_or_engine,
+    metavar="DEVICE",
+    help=f"vhost-net node, or engine; without it {DEFAULT_PATH}, or the engine if there is none.",
+)
+node = click.option(
     "--device", default=DEFAULT_PATH, show_default=True, metavar="PATH", help="vhost-net node."
 )
 queues = click.option(

@@ -11,7 +11,7 @@ from vhostctl.jobs.run import run as become
 
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option("--tap", required=True, metavar="NAME", help="Tap; made if it is missing.")
-@options.device
+@options.node
 @options.queues
 @options.link
 @click.option("--user", metavar="USER", help="Run COMMAND as this user, without privileges.")

@@ -14,7 +14,7 @@ from vhostctl.jobs.selftest import SelftestReport
 
 
 @click.command()
-@options.device
+@options.device_or_engine
 @options.queues
 @options.queue_size
 @options.features

@@ -24,7 +24,7 @@ _REFRESH = 1.0
 @click.command()
 @click.argument("name")
 @click.option("--tap", required=True, metavar="TAP", help="Tap; made if it is missing.")
-@options.device
+@options.device_or_engine
 @options.queues
 @options.queue_size
 @options.features

@@ -36,10 +36,8 @@ class Report:
         return virtio.feature_names(self.features)
 
 
-def probe(
-    path: str = DEFAULT_PATH, open_device: Callable[[str], VhostNet] = VhostNet.open
-) -> Report:
-    """Open `path`, own it, ask, and close it again: no ring is started.
+def probe(path: str = DEFAULT_PATH, open_device: Callable[[str], VhostNet] = VhostNet.at) -> Report:
+    """Open `path` or "engine", own it, ask, and close it again: no ring is started.
 
     Raises KernelError if the device cannot be opened or owned.
     """

@@ -173,7 +173,7 @@ class Wiring:
     def open_vhost(self) -> None:
         """Open one more vhost device."""
         label = f"{self.config.device} (pair {len(self.vhost)})"
-        self.vhost.append(VhostNet.open(self.config.device, label))
+        self.vhost.append(VhostNet.at(self.config.device, label))
 
     def close_vhost(self, pair: int) -> None:
         """Undo the `open_vhost` of `pair`."""
