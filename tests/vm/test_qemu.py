@@ -1,19 +1,35 @@
-"""A real QEMU on descriptors that `vhostctl run` opened: its guest answers a ping."""
+"""A real QEMU on descriptors that `vhostctl run` opened: TCP goes through its guest unharmed.
+
+VHOSTCTL_TCP_SECONDS is how long iperf3 sends in each direction.
+"""
 
 from __future__ import annotations
 
+import json
 import lzma
+import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from virtme.cpiowriter import CpioWriter
 
-from tests.vm.conftest import ROOT, fetched, run
+from tests.vm.conftest import fetched, run
+from tests.vm.tcp_qemu import ANSWER, BOOT, FALLBACK, IPERF, RECEIVER, SENDER, STATISTICS
+from vhostctl.errors import EnvironmentMissing
+from vhostctl.host.vhost import DEFAULT_PATH
+from vhostctl.kmod import NAME, NODE
+from vhostctl.lab import headers
 from vhostctl.lab.kernels import Kernel
 from vhostctl.lab.vm import Machine
+
+SECONDS = int(os.environ.get("VHOSTCTL_TCP_SECONDS", "3"))
 
 # In the order of their dependencies.
 MODULES = (
@@ -26,20 +42,41 @@ MODULES = (
     "drivers/net/net_failover",
     "drivers/net/virtio_net",
 )
-INIT = """#!/bin/busybox sh
+
+# The link comes up when everybody listens (state 0A in proc(5)'s /proc/net/tcp). An iperf3 for
+# each queue pair, on a CPU of its own, which is what the driver chooses the queue by.
+INIT = f"""#!/bin/busybox sh
 busybox mount -t proc proc /proc
 busybox mount -t sysfs sys /sys
-for module in {modules}; do busybox insmod /$module.ko; done
+busybox mount -t devtmpfs dev /dev
+for module in {{modules}}; do busybox insmod /$module.ko; done
 busybox ip addr add 192.0.2.2/24 dev eth0
-echo guest is up, $(busybox ls /sys/class/net/eth0/queues)
+busybox nc -ll -p {RECEIVER} -e /receive &
+busybox nc -ll -p {SENDER} -e /bin/busybox cat /tmp/file &
+busybox nc -ll -p {STATISTICS} -e /bin/busybox grep -r . /sys/class/net/eth0/statistics &
+pairs=0
+while [ -d /sys/class/net/eth0/queues/tx-$pairs ]; do
+    busybox taskset $((1 << pairs)) iperf3 -s -p $(({IPERF} + pairs)) >/dev/null &
+    pairs=$((pairs + 1))
+done
+until [ "$(busybox cat /proc/net/tcp /proc/net/tcp6 | busybox grep -c ' 0A ')" = $((pairs + 3)) ]
+do busybox sleep 1; done
+echo guest is up, queue pairs: $pairs
 busybox ip link set eth0 up
-busybox sleep 3600
+busybox sleep 36000
 """
+RECEIVE = "#!/bin/busybox sh\nbusybox tee /tmp/file | busybox sha256sum\n"
+
+
+@dataclass(frozen=True)
+class Guest:
+    kernel: Path
+    initramfs: Path
 
 
 def unpacked(image: Path) -> bytes:
-    """The ELF kernel in a bzImage (Documentation/arch/x86/boot.rst): unpacking it under two
-    emulators takes a minute."""
+    """The ELF kernel in a bzImage (Documentation/arch/x86/boot.rst): unpacking it under an
+    emulator takes long."""
     data = image.read_bytes()
     setup_sectors = data[0x1F1] or 4
     offset, length = struct.unpack_from("<II", data, 0x248)
@@ -47,43 +84,115 @@ def unpacked(image: Path) -> bytes:
     return lzma.LZMADecompressor().decompress(data[start : start + length])
 
 
-def write_initramfs(kernel: Kernel, path: Path) -> None:
-    busybox = shutil.which("busybox")
-    assert busybox is not None
+def program(name: str) -> Path:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"no {name}: apt install {name}")
+    return Path(path)
+
+
+def libraries(binary: Path) -> list[Path]:
+    """What a program is linked to, the loader among it (ldd(1))."""
+    said = subprocess.run(["ldd", str(binary)], capture_output=True, text=True, check=True).stdout
+    return [Path(word) for word in said.split() if word.startswith("/")]
+
+
+def guest_files(kernel: Kernel) -> dict[str, bytes]:
+    """What is in the initramfs, by path."""
+    busybox, iperf3 = program("busybox"), program("iperf3")
     names = [module.rpartition("/")[2] for module in MODULES]
+    files = {str(path).lstrip("/"): path.read_bytes() for path in libraries(iperf3)}
+    for module, name in zip(MODULES, names, strict=True):
+        files[f"{name}.ko"] = (kernel.modules / "kernel" / f"{module}.ko").read_bytes()
+    return files | {
+        "bin/busybox": busybox.read_bytes(),
+        "bin/iperf3": iperf3.read_bytes(),
+        "init": INIT.format(modules=" ".join(names)).encode(),
+        "receive": RECEIVE.encode(),
+    }
+
+
+def write_initramfs(kernel: Kernel, path: Path) -> None:
+    files = guest_files(kernel)
+    parents = {str(parent) for name in files for parent in Path(name).parents} - {"."}
     with path.open("wb") as file:
         archive = CpioWriter(file)
-        for directory in (b"bin", b"dev", b"proc", b"sys"):
-            archive.mkdir(directory, 0o755)
+        for directory in sorted(parents | {"dev", "proc", "sys", "tmp"}):
+            archive.mkdir(directory.encode(), 0o755)
         archive.mkchardev(b"dev/console", (5, 1), mode=0o600)
-        archive.write_file(b"bin/busybox", body=Path(busybox).read_bytes(), mode=0o755)
-        archive.write_file(b"init", body=INIT.format(modules=" ".join(names)).encode(), mode=0o755)
-        for module, name in zip(MODULES, names, strict=True):
-            body = (kernel.modules / "kernel" / f"{module}.ko").read_bytes()
-            archive.write_file(f"{name}.ko".encode(), body=body, mode=0o644)
+        for name, body in files.items():
+            archive.write_file(name.encode(), body=body, mode=0o755)
         archive.write_trailer()
 
 
 @pytest.fixture(scope="module")
-def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     """Kernel and initramfs of the guest: 6.1 whatever the host's kernel is."""
     kernel = fetched("6.1")
     directory = tmp_path_factory.mktemp("guest")
-    vmlinux, initramfs = directory / "vmlinux", directory / "initramfs"
-    vmlinux.write_bytes(unpacked(kernel.image))
-    write_initramfs(kernel, initramfs)
-    yield vmlinux, initramfs
-    vmlinux.unlink()
+    made = Guest(directory / "vmlinux", directory / "initramfs")
+    write_initramfs(kernel, made.initramfs)
+    made.kernel.write_bytes(unpacked(kernel.image))
+    yield made
+    made.kernel.unlink()
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("modules")
+
+
+@pytest.fixture
+def mirror_module(kernel: Kernel, modules: Path) -> Path:
+    """The module that offers the mirror, built for the kernel under test, once."""
+    path = modules / kernel.release / f"{NAME}.ko"
+    try:
+        headers.find(kernel.release)
+    except EnvironmentMissing as missing:
+        pytest.skip(str(missing))
+    if not path.exists():
+        build = ["kmod", "build", "-k", kernel.release, "-o", str(path.parent)]
+        subprocess.run([sys.executable, "-m", "vhostctl", *build], check=True)
+    return path
+
+
+def through_guest(
+    kernel: Kernel, guest: Guest, device: str, queues: int, *more: str
+) -> dict[str, Any]:
+    """Run the traffic in a VM, look at what came of it and return that."""
+    argv = ["python", "-m", "tests.vm.tcp_qemu", str(guest.kernel), str(guest.initramfs)]
+    argv += ["--device", device, "--queues", str(queues), "--seconds", str(SECONDS), *more]
+    outcome = run(Machine(kernel), argv, BOOT + 5 * ANSWER + 2 * SECONDS)
+    print(outcome)
+    assert outcome.status == 0
+    report = json.loads(outcome.stdout)
+    assert f"guest is up, queue pairs: {queues}" in report["console"]
+    assert report["devices"] == queues
+    assert FALLBACK not in report["stderr"]
+    assert len(set(report["sums"].values())) == 1
+    for sums in (*report["into"], *report["out_of"]):
+        assert (sums["status"], sums["error"]) == (0, None)
+        assert min(sums["sent"], sums["received"]) > 0
+    assert report["link_errors"] == []
+    assert len(report["workers_ms"]) == queues
+    assert 20 * min(report["workers_ms"]) > max(report["workers_ms"])  # each did its part
+    assert report["trouble"] == []
+    return cast(dict[str, Any], report)
 
 
 @pytest.mark.vm
 @pytest.mark.parametrize("queues", [1, 2])
-def test_the_guest_answers(kernel: Kernel, guest: tuple[Path, Path], queues: int) -> None:
-    script = str(ROOT / "tests/vm/ping_qemu.py")
-    env_root = ["env", f"PYTHONPATH={ROOT}", "python", script]
-    outcome = run(Machine(kernel), [*env_root, str(queues), *map(str, guest)], 600)
-    print(outcome)
-    assert outcome.status == 0
-    assert "guest is up" in outcome.stdout
-    if queues > 1:
-        assert f"tx-{queues - 1}" in outcome.stdout
+def test_tcp_goes_through_the_kernels_own(kernel: Kernel, guest: Guest, queues: int) -> None:
+    through_guest(kernel, guest, DEFAULT_PATH, queues)
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize("queues", [1, 2])
+def test_tcp_goes_through_the_mirror(
+    kernel: Kernel, guest: Guest, mirror_module: Path, queues: int
+) -> None:
+    report = through_guest(kernel, guest, NODE, queues, "--module", str(mirror_module))
+    assert len(report["rings"]) == 2 * queues
+    for counted in report["rings"].values():
+        assert min(counted.pop("frames"), counted.pop("bytes")) > 0
+        assert set(counted.values()) == {0}

@@ -13,7 +13,7 @@ from vhostctl.lab.vm import Machine
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^\$ (.+)$", README, re.MULTILINE)
-ON_THE_HOST = [command for command in COMMANDS if command.startswith("vhostctl lab")]
+ON_THE_HOST = [c for c in COMMANDS if c.startswith(("vhostctl lab", "vhostctl kmod build"))]
 MAKE = [command for command in COMMANDS if command.startswith("make ")]
 IN_A_VM = [command for command in COMMANDS if command not in (*ON_THE_HOST, *MAKE)]
 
@@ -41,7 +41,7 @@ def test_the_commands_that_need_a_device() -> None:
 
 
 @pytest.mark.vm
-@pytest.mark.parametrize("command", [*ON_THE_HOST, "make demo"])
+@pytest.mark.parametrize("command", [*ON_THE_HOST, "make demo", "make demo-kernel"])
 def test_the_commands_that_boot_a_vm(command: str) -> None:
     fetched("6.1")
     done = subprocess.run(
