@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from vhostctl.errors import EnvironmentMissing
-from vhostctl.lab import kernels
+from vhostctl.kmod import NAME, building
+from vhostctl.lab import headers, kernels
 from vhostctl.lab.kernels import Kernel
 from vhostctl.lab.vm import Machine
 
@@ -30,6 +31,27 @@ def fetched(series: str) -> Kernel:
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     """Each kernel under test in turn."""
     return fetched(str(request.param))
+
+
+@pytest.fixture(scope="session")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("modules")
+
+
+@pytest.fixture
+def module(kernel: Kernel, modules: Path) -> Path:
+    """The mirror module, built for the kernel under test, once and without a warning."""
+    path = modules / kernel.release / f"{NAME}.ko"
+    if not path.exists():
+        building.build(headers_of(kernel), path.parent, strict=True)
+    return path
+
+
+def headers_of(kernel: Kernel) -> Path:
+    try:
+        return headers.find(kernel.release)
+    except EnvironmentMissing as missing:
+        pytest.skip(str(missing))
 
 
 @dataclass(frozen=True)

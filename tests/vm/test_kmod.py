@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.conftest import ROOT, run
-from vhostctl.errors import EnvironmentMissing
-from vhostctl.kmod import NAME, NODE, building
-from vhostctl.lab import headers, process
+from tests.vm.conftest import ROOT, headers_of, run
+from vhostctl.kmod import NAME, NODE
+from vhostctl.lab import process
 from vhostctl.lab.kernels import Kernel
 from vhostctl.lab.vm import Machine
 
@@ -34,26 +33,9 @@ class Built:
     path: Path
 
 
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("modules")
-
-
 @pytest.fixture
-def module(kernel: Kernel, modules: Path) -> Built:
-    """Build the module for a kernel, once."""
-    place = modules / kernel.release
-    path = place / f"{NAME}.ko"
-    if not path.exists():
-        building.build(build_directory(kernel), place, strict=True)
-    return Built(kernel, path)
-
-
-def build_directory(kernel: Kernel) -> Path:
-    try:
-        return headers.find(kernel.release)
-    except EnvironmentMissing as missing:
-        pytest.skip(str(missing))
+def built(kernel: Kernel, module: Path) -> Built:
+    return Built(kernel, module)
 
 
 def in_vm(built: Built, script: str, append: str = "", seconds: float = 900) -> str:
@@ -80,11 +62,11 @@ test ! -e {NODE}
 
 
 @pytest.mark.vm
-def test_it_is_loaded_shown_and_unloaded(module: Built) -> None:
-    state = json.loads(in_vm(module, USE))
+def test_it_is_loaded_shown_and_unloaded(built: Built) -> None:
+    state = json.loads(in_vm(built, USE))
     assert (state["loaded"], state["node"], state["taint"]) == (True, True, "OE")
     assert state["parameters"]["max_mem_regions"] == "16"
-    assert state["kernel"] == module.kernel.release
+    assert state["kernel"] == built.kernel.release
 
 
 @pytest.mark.vm
@@ -97,21 +79,21 @@ def test_it_is_loaded_shown_and_unloaded(module: Built) -> None:
     ],
 )
 def test_a_kernel_that_takes_no_module_says_so(
-    module: Built, append: str, prepare: str, match: str
+    built: Built, append: str, prepare: str, match: str
 ) -> None:
-    said = in_vm(module, f'{prepare}\nvhostctl kmod load "$1" 2>&1 || echo "status $?"', append)
+    said = in_vm(built, f'{prepare}\nvhostctl kmod load "$1" 2>&1 || echo "status $?"', append)
     assert re.search(match, said)
     assert said.splitlines()[-1] == "status 3"
 
 
 @pytest.mark.vm
-def test_it_can_be_loaded_often(module: Built) -> None:
-    said = in_vm(module, f'python -m tests.vm.kmod_wear loads {LOADS} "$1"')
+def test_it_can_be_loaded_often(built: Built) -> None:
+    said = in_vm(built, f'python -m tests.vm.kmod_wear loads {LOADS} "$1"')
     assert json.loads(said) == {"cycles": LOADS}
 
 
 @pytest.mark.vm
-def test_it_can_be_closed_at_work(module: Built) -> None:
+def test_it_can_be_closed_at_work(built: Built) -> None:
     # Every allocation is checked and remembered; KFENCE is not built into every kernel.
     append = "slub_debug=FZPU,kmalloc-* kfence.sample_interval=20"
     script = f"""
@@ -119,7 +101,7 @@ def test_it_can_be_closed_at_work(module: Built) -> None:
         python -m tests.vm.kmod_wear opens {OPENS}
         vhostctl kmod unload
     """
-    outcome = json.loads(in_vm(module, script, append))
+    outcome = json.loads(in_vm(built, script, append))
     assert outcome["cycles"] == OPENS
     assert min(outcome["used"]["rx"], outcome["used"]["tx"]) > OPENS
     assert outcome["left"] == {}
@@ -127,7 +109,7 @@ def test_it_can_be_closed_at_work(module: Built) -> None:
 
 
 def test_dkms_builds_it(kernel: Kernel, tmp_path: Path) -> None:
-    build = build_directory(kernel)
+    build = headers_of(kernel)
     dkms = shutil.which("dkms", path=process.search_path())
     if dkms is None:
         pytest.skip("no dkms")

@@ -11,7 +11,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,8 @@ from virtme.cpiowriter import CpioWriter
 
 from tests.vm.conftest import fetched, run
 from tests.vm.tcp_qemu import ANSWER, BOOT, FALLBACK, IPERF, RECEIVER, SENDER, STATISTICS
-from vhostctl.errors import EnvironmentMissing
 from vhostctl.host.vhost import DEFAULT_PATH
-from vhostctl.kmod import NAME, NODE
-from vhostctl.lab import headers
+from vhostctl.kmod import NODE
 from vhostctl.lab.kernels import Kernel
 from vhostctl.lab.vm import Machine
 
@@ -137,25 +134,6 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     made.kernel.unlink()
 
 
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("modules")
-
-
-@pytest.fixture
-def mirror_module(kernel: Kernel, modules: Path) -> Path:
-    """The module that offers the mirror, built for the kernel under test, once."""
-    path = modules / kernel.release / f"{NAME}.ko"
-    try:
-        headers.find(kernel.release)
-    except EnvironmentMissing as missing:
-        pytest.skip(str(missing))
-    if not path.exists():
-        build = ["kmod", "build", "-k", kernel.release, "-o", str(path.parent)]
-        subprocess.run([sys.executable, "-m", "vhostctl", *build], check=True)
-    return path
-
-
 def through_guest(
     kernel: Kernel, guest: Guest, device: str, queues: int, *more: str
 ) -> dict[str, Any]:
@@ -189,9 +167,9 @@ def test_tcp_goes_through_the_kernels_own(kernel: Kernel, guest: Guest, queues: 
 @pytest.mark.vm
 @pytest.mark.parametrize("queues", [1, 2])
 def test_tcp_goes_through_the_mirror(
-    kernel: Kernel, guest: Guest, mirror_module: Path, queues: int
+    kernel: Kernel, guest: Guest, module: Path, queues: int
 ) -> None:
-    report = through_guest(kernel, guest, NODE, queues, "--module", str(mirror_module))
+    report = through_guest(kernel, guest, NODE, queues, "--module", str(module))
     assert len(report["rings"]) == 2 * queues
     for counted in report["rings"].values():
         assert min(counted.pop("frames"), counted.pop("bytes")) > 0
