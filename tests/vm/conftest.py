@@ -38,13 +38,18 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("modules")
 
 
-@pytest.fixture
-def module(kernel: Kernel, modules: Path) -> Path:
-    """The mirror module, built for the kernel under test, once and without a warning."""
+def module_for(kernel: Kernel, modules: Path) -> Path:
+    """The mirror module for `kernel`, built once and without a warning."""
     path = modules / kernel.release / f"{NAME}.ko"
     if not path.exists():
         building.build(headers_of(kernel), path.parent, strict=True)
     return path
+
+
+@pytest.fixture
+def module(kernel: Kernel, modules: Path) -> Path:
+    """The mirror module for the kernel under test."""
+    return module_for(kernel, modules)
 
 
 def headers_of(kernel: Kernel) -> Path:
