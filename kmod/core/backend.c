@@ -6,11 +6,6 @@
 #include "memory.h"
 #include "ring.h"
 
-/* Newer than the oldest headers that this is built with. */
-#ifndef VHOST_FILE_UNBIND
-#define VHOST_FILE_UNBIND -1
-#endif
-
 bool vhm_used_log_ok(const struct vhm_queue *queue, u64 log_base)
 {
 	return queue->dev->iotlb || !queue->place.log_used ||

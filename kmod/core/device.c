@@ -8,9 +8,6 @@
 #include "ring.h"
 
 /* Newer than the oldest headers that this is built with. */
-#ifndef VHOST_FILE_UNBIND
-#define VHOST_FILE_UNBIND -1
-#endif
 #ifndef VHOST_SET_FORK_FROM_OWNER
 #define VHOST_SET_FORK_FROM_OWNER _IOW(VHOST_VIRTIO, 0x84, __u8)
 #define VHOST_GET_FORK_FROM_OWNER _IOR(VHOST_VIRTIO, 0x85, __u8)

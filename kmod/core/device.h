@@ -6,6 +6,11 @@
 #include <linux/vhost.h>
 #include "vhm.h"
 
+/* Newer than the oldest headers that this is built with. */
+#ifndef VHOST_FILE_UNBIND
+#define VHOST_FILE_UNBIND -1
+#endif
+
 /* Feature bits 0 to 63 and 64 to 127 that the device offers. */
 extern const u64 vhm_features[2];
 

@@ -20,6 +20,8 @@
 #define HOST_UDP_TUNNEL_GSO	67
 #define TUNNEL_HEADER		24	/* the v1 header with hash report and tunnel offsets */
 
+#define FEATURE_WORDS		0x10000	/* far more than there will be, and no long loop */
+
 #define BIT64(bit)	(1ULL << (bit))
 #define BACKEND_FEATURES BIT64(VHOST_BACKEND_F_IOTLB_MSG_V2)
 
@@ -133,13 +135,11 @@ static long get_array(u64 uaddr)
 		return -EFAULT;
 	if (count <= 2)
 		return 0;
-	rest = count - 2;
-	if (count > ~0ULL / sizeof(u64) || !port_range_ok(uaddr, count * sizeof(u64)))
-		return -EFAULT;
+	rest = min_t(u64, count, FEATURE_WORDS) - 2;
 	for (uaddr += sizeof(vhm_features); rest--; uaddr += sizeof(none))
 		if (port_copy_out(uaddr, &none, sizeof(none)))
 			return -EFAULT;
-	return 0;
+	return count > FEATURE_WORDS ? -EFAULT : 0;
 }
 
 static long set_array(struct vhm_dev *dev, u64 uaddr)
@@ -153,6 +153,8 @@ static long set_array(struct vhm_dev *dev, u64 uaddr)
 	for (i = 2; i < count; i++) {
 		u64 word;
 
+		if (i == FEATURE_WORDS)
+			return -EFAULT;
 		if (port_copy_in(&word, uaddr + sizeof(count) + i * sizeof(word), sizeof(word)))
 			return -EFAULT;
 		if (word)

@@ -3,14 +3,16 @@
  * IOTLB messages.
  *
  * A miss is unread until read(2) takes it, and pending from then on until an
- * update covers it: only that wakes the ring that waits. How many there may be
- * at once is bounded, because each kick of a ring that cannot go on makes one.
+ * update covers it: only that wakes the ring that waits. How many a ring
+ * may have is bounded, because each kick of one that cannot go on makes one; a ring with
+ * so many has enough that will wake it.
  */
 #include <linux/vhost_types.h>
+#include "device.h"
 #include "iotlb.h"
 #include "memory.h"
 
-#define VHM_MESSAGES_MAX	4096
+#define VHM_MESSAGES_MAX	2048	/* of each ring */
 #define VHM_MESSAGE_HEAD	8	/* type, hole or address space */
 
 struct vhm_message {
@@ -34,7 +36,7 @@ void vhm_iotlb_miss(struct vhm_queue *queue, u64 iova, u32 access)
 	struct vhm_message *message;
 
 	port_lock(&dev->message_lock);
-	message = dev->messages < VHM_MESSAGES_MAX ? port_alloc(sizeof(*message)) : NULL;
+	message = queue->messages < VHM_MESSAGES_MAX ? port_alloc(sizeof(*message)) : NULL;
 	if (message) {
 		message->queue = queue;
 		if (dev->backend_features & 1ULL << VHOST_BACKEND_F_IOTLB_MSG_V2)
@@ -46,7 +48,7 @@ void vhm_iotlb_miss(struct vhm_queue *queue, u64 iova, u32 access)
 		body(message)->type = VHOST_IOTLB_MISS;
 		*dev->unread_end = message;
 		dev->unread_end = &message->next;
-		dev->messages++;
+		queue->messages++;
 		queue->stats.misses++;
 	}
 	port_unlock(&dev->message_lock);
@@ -66,13 +68,16 @@ static void free_list(struct vhm_message *message)
 
 void vhm_iotlb_clear(struct vhm_dev *dev)
 {
+	unsigned int i;
+
 	port_lock(&dev->message_lock);
 	free_list(dev->unread);
 	free_list(dev->pending);
 	dev->unread = NULL;
 	dev->unread_end = &dev->unread;
 	dev->pending = NULL;
-	dev->messages = 0;
+	for (i = 0; i < VHM_QUEUES; i++)
+		dev->queue[i].messages = 0;
 	port_unlock(&dev->message_lock);
 	port_message_ready(dev);
 }
@@ -100,30 +105,32 @@ bool vhm_dev_translates(struct vhm_dev *dev)
 long vhm_dev_read(struct vhm_dev *dev, u64 uaddr, size_t length)
 {
 	struct vhm_message *message;
-	long result = VHM_MESSAGE;
+	bool whole;
 
 	if (length < VHM_MESSAGE)
 		return 0;
 	port_lock(&dev->message_lock);
 	message = dev->unread;
-	if (!message) {
-		port_unlock(&dev->message_lock);
-		return -EAGAIN;
-	}
-	dev->unread = message->next;
+	if (message)
+		dev->unread = message->next;
 	if (!dev->unread)
 		dev->unread_end = &dev->unread;
-	if (port_copy_out(uaddr, message->bytes, VHM_MESSAGE)) {
-		dev->messages--;
-		port_free(message);
-		result = -EFAULT;
-	} else {
+	port_unlock(&dev->message_lock);
+	if (!message)
+		return -EAGAIN;
+	/* Without the lock: the reader's memory may keep us waiting, but not the worker. */
+	whole = !port_copy_out(uaddr, message->bytes, VHM_MESSAGE);
+	port_lock(&dev->message_lock);
+	if (whole) {
 		message->next = dev->pending;
 		dev->pending = message;
+	} else {
+		message->queue->messages--;
+		port_free(message);
 	}
 	port_unlock(&dev->message_lock);
 	port_message_ready(dev);
-	return result;
+	return whole ? VHM_MESSAGE : -EFAULT;
 }
 
 /* Wake the rings that wait for what [first, last] maps now. */
@@ -142,7 +149,7 @@ static void wake_pending(struct vhm_dev *dev, u64 first, u64 last)
 		}
 		port_work_queue(&message->queue->work);
 		*link = message->next;
-		dev->messages--;
+		message->queue->messages--;
 		port_free(message);
 	}
 	port_unlock(&dev->message_lock);
@@ -169,16 +176,16 @@ static int apply(struct vhm_dev *dev, const struct vhost_iotlb_msg *msg)
 	int error = -EFAULT;
 
 	port_lock(&dev->lock);
-	for (i = 0; i < VHM_QUEUES; i++)
-		port_lock(&dev->queue[i].lock);
+	vhm_lock_queues(dev);
 	if (dev->iotlb && msg->type == VHOST_IOTLB_UPDATE) {
 		error = update(dev, msg);
 	} else if (dev->iotlb && msg->type == VHOST_IOTLB_INVALIDATE) {
 		vhm_table_remove(dev->iotlb, msg->iova, msg->iova + msg->size - 1);
 		error = 0;
 	}
-	for (i = VHM_QUEUES; i--; port_unlock(&dev->queue[i].lock))
+	for (i = 0; i < VHM_QUEUES; i++)
 		vhm_ring_forget(&dev->queue[i]);
+	vhm_unlock_queues(dev);
 	port_unlock(&dev->lock);
 	return error ? -EFAULT : 0;
 }

@@ -9,7 +9,12 @@
 void vhm_receive(struct vhm_queue *queue);
 void vhm_transmit(struct vhm_queue *queue);
 
-/* One ring cannot keep the worker: after this much the other one has its turn. */
+/*
+ * One ring cannot keep the worker: after this much the other one has its turn. The
+ * descriptors that a frame took count as bytes, since it may have very many and be short.
+ */
+#define VHM_DESCRIPTOR_BYTES	16
+
 static inline bool vhm_turn_over(unsigned int frames, size_t bytes)
 {
 	return frames >= 256 || bytes >= 0x80000;

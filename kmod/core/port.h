@@ -110,7 +110,9 @@ struct port_backend;
  *	void port_trace_chain(const struct vhm_queue *queue, u16 head, int out, int in);
  *	void port_trace_used(const struct vhm_queue *queue, u16 count);
  *	void port_trace_signal(const struct vhm_queue *queue);
- *	void port_trace_error(const struct vhm_queue *queue, int error);
+ *	void port_trace_error(const struct vhm_queue *queue, int cause);
+ *
+ * where @cause counts from bad_rings on through struct vhm_stats.
  */
 
 /* Atomically set bit @bit (0..7) of the byte at @uaddr, for the dirty log. */

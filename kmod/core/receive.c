@@ -14,6 +14,7 @@ struct buffers {
 	unsigned int logs;
 	u16 heads;
 	u16 descriptors;
+	u32 visited;
 };
 
 static void publish(struct vhm_queue *queue)
@@ -51,7 +52,10 @@ static int gather(struct vhm_queue *queue, size_t size, bool logs, struct buffer
 		if (unlikely(taken <= 0))
 			goto undo;
 		if (unlikely(chain.out || !chain.in)) {
-			/* The chain itself stays taken, and is passed over the next time. */
+			/*
+			 * It alone is passed over. If good ones came before it, the first of
+			 * them is instead: as many are given back as were good, from the end.
+			 */
 			vhm_ring_error(queue, &queue->stats.bad_buffers);
 			taken = -EINVAL;
 			goto undo;
@@ -64,6 +68,7 @@ static int gather(struct vhm_queue *queue, size_t size, bool logs, struct buffer
 		buffers->pieces += chain.in;
 		buffers->logs += chain.logs;
 		buffers->descriptors += chain.descriptors;
+		buffers->visited += chain.visited;
 	}
 	taken = -EMSGSIZE;
 	if (unlikely(left > 0))
@@ -209,7 +214,8 @@ void vhm_receive(struct vhm_queue *queue)
 		finish(queue, &buffers);
 		queue->stats.frames++;
 		queue->stats.bytes += length;
-		bytes += length + queue->header_backend + queue->header_own;
+		bytes += length + queue->header_backend + queue->header_own +
+			 buffers.visited * VHM_DESCRIPTOR_BYTES;
 	}
 	port_work_queue(&queue->work);
 out:

@@ -37,6 +37,7 @@ struct table {
 void vhm_ring_error(struct vhm_queue *queue, u64 *cause)
 {
 	++*cause;
+	port_trace_error(queue, cause - &queue->stats.bad_rings);
 	if (queue->err)
 		port_event_signal(queue->err);
 }
@@ -182,12 +183,15 @@ static int add_table(struct vhm_queue *queue, struct vhm_chain *chain,
 		goto bad;
 	}
 	error = -E2BIG;
-	if (unlikely(table.left > 1 << 16))
+	if (unlikely(table.left > VHM_TABLE_MAX))
 		goto bad;
 	do {
 		error = -EINVAL;
-		if (unlikely(!table.left || next_of_table(&table, &desc)))
+		/* Many tables without a byte in them would keep us for ever. */
+		if (unlikely(!table.left || chain->visited >= VHM_TABLE_MAX + VHM_NUM_MAX ||
+			     next_of_table(&table, &desc)))
 			goto bad;
+		chain->visited++;
 		convert(queue, &desc);
 		if (unlikely(desc.flags & VRING_DESC_F_INDIRECT))
 			goto bad;
@@ -215,6 +219,7 @@ static int walk(struct vhm_queue *queue, struct vhm_chain *chain, u16 index, uns
 		if (unlikely(chain->descriptors == queue->num))
 			goto bad;
 		chain->descriptors++;
+		chain->visited++;
 		if (unlikely(!at || port_get128(desc.raw, at)))
 			goto bad;
 		convert(queue, &desc);
@@ -267,11 +272,10 @@ int vhm_ring_take(struct vhm_queue *queue, struct vhm_chain *chain, unsigned int
 	chain->in = 0;
 	chain->logs = 0;
 	chain->descriptors = 0;
+	chain->visited = 0;
 	error = walk(queue, chain, chain->head, used, logs ? queue->log + logged : NULL);
-	if (unlikely(error)) {
-		port_trace_error(queue, error);
+	if (unlikely(error))
 		return error;
-	}
 	queue->last_avail++;
 	queue->in_order_head += chain->descriptors;
 	port_trace_chain(queue, chain->head, chain->out, chain->in);

@@ -99,7 +99,7 @@ void vhm_transmit(struct vhm_queue *queue)
 		queue->heads[queue->done].length = 0;
 		queue->done++;
 		frames++;
-		bytes += length;
+		bytes += length + chain.visited * VHM_DESCRIPTOR_BYTES;
 	}
 	port_work_queue(&queue->work);
 out:

@@ -20,7 +20,9 @@ enum {
 #define VHM_SEGMENTS	1024	/* pieces of memory in one request of a ring */
 #define VHM_BATCH	64	/* completions that are published together */
 #define VHM_HEADS	(VHM_SEGMENTS + VHM_BATCH)
+#define VHM_NUM_MAX	0x8000	/* descriptors of a ring */
 #define VHM_TABLE_PARTS	64	/* pieces of memory that an indirect table may lie in */
+#define VHM_TABLE_MAX	0x10000	/* descriptors of all the tables of a chain */
 #define VHM_MESSAGE	72	/* bytes of an IOTLB message */
 
 /* What a device allows; the module's parameters set it. */
@@ -55,6 +57,7 @@ struct vhm_chain {
 	unsigned int logs;
 	u16 head;
 	u16 descriptors;	/* that it takes of the ring */
+	u32 visited;		/* descriptors that were read, those of tables too */
 };
 
 struct vhm_log {
@@ -71,7 +74,7 @@ union vhm_used {
 	u64 raw;
 };
 
-/* Counted under the queue's lock since the device was opened. */
+/* Counted under the queue's lock since the device was opened; bad_ring to bad_used are causes. */
 struct vhm_stats {
 	u64 runs;
 	u64 frames;
@@ -140,6 +143,8 @@ struct vhm_queue {
 	unsigned int done;		/* heads that wait to be published */
 	unsigned int hint;		/* map that the last lookup found */
 
+	unsigned int messages;	/* under the device's message_lock: misses not answered yet */
+
 	struct vhm_stats stats;
 };
 
@@ -159,7 +164,6 @@ struct vhm_dev {
 	struct port_lock message_lock;
 	struct vhm_message *unread, **unread_end;
 	struct vhm_message *pending;
-	unsigned int messages;
 };
 
 /* Make @dev usable; @limits must outlive it. The memory of @dev is the caller's. */

@@ -5,13 +5,6 @@
 #include "memory.h"
 #include "ring.h"
 
-/* Newer than the oldest headers that this is built with. */
-#ifndef VHOST_FILE_UNBIND
-#define VHOST_FILE_UNBIND -1
-#endif
-
-#define VHM_NUM_MAX	0x8000
-
 static long set_num(struct vhm_queue *queue, u64 uaddr)
 {
 	struct vhost_vring_state state;

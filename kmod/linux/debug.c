@@ -21,9 +21,9 @@ static void show_place(struct seq_file *file, struct vhm_queue *queue)
 	seq_printf(file, "log_base 0x%llx\n", queue->log_base);
 	seq_printf(file, "busyloop %u\n", queue->busyloop);
 	seq_printf(file, "backend %d\n", !!queue->backend);
-	seq_printf(file, "kick %d\n", !!queue->kick);
-	seq_printf(file, "call %d\n", !!queue->call);
-	seq_printf(file, "err %d\n", !!queue->err);
+	seq_printf(file, "kick_bound %d\n", !!queue->kick);
+	seq_printf(file, "call_bound %d\n", !!queue->call);
+	seq_printf(file, "err_bound %d\n", !!queue->err);
 }
 
 static void show_state(struct seq_file *file, struct vhm_queue *queue)
@@ -36,8 +36,11 @@ static void show_state(struct seq_file *file, struct vhm_queue *queue)
 	seq_printf(file, "signalled_valid %d\n", queue->signalled_valid);
 }
 
-static void show_stats(struct seq_file *file, const struct vhm_stats *stats)
+static void show_stats(struct seq_file *file, const struct vhm_queue *queue)
 {
+	const struct vhm_stats *stats = &queue->stats;
+
+	seq_printf(file, "kicks %lu\n", queue->kick_poll.wakes);
 	seq_printf(file, "runs %llu\n", stats->runs);
 	seq_printf(file, "frames %llu\n", stats->frames);
 	seq_printf(file, "bytes %llu\n", stats->bytes);
@@ -59,7 +62,7 @@ static int ring_show(struct seq_file *file, void *unused)
 	port_lock(&queue->lock);
 	show_place(file, queue);
 	show_state(file, queue);
-	show_stats(file, &queue->stats);
+	show_stats(file, queue);
 	port_unlock(&queue->lock);
 	return 0;
 }

@@ -11,8 +11,10 @@ static int became_ready(wait_queue_entry_t *entry, unsigned int mode, int flags,
 {
 	struct port_poll *poll = container_of(entry, struct port_poll, entry);
 
-	if (key_to_poll(key) & poll->events)
+	if (key_to_poll(key) & poll->events) {
+		poll->wakes++;
 		port_work_queue(poll->work);
+	}
 	return 0;
 }
 

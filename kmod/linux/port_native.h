@@ -50,6 +50,7 @@ struct port_poll {
 	struct ptr_ring *ring;		/* says whether the file is readable, if there */
 	__poll_t events;
 	bool watching;			/* entry is in head's list */
+	unsigned long wakes;		/* how often it queued the work; under the lock of head */
 };
 
 static inline void __user *port_pointer(u64 uaddr)
@@ -201,9 +202,9 @@ static inline void port_trace_signal(const struct vhm_queue *queue)
 	trace_vhm_signal(queue);
 }
 
-static inline void port_trace_error(const struct vhm_queue *queue, int error)
+static inline void port_trace_error(const struct vhm_queue *queue, int cause)
 {
-	trace_vhm_error(queue, error);
+	trace_vhm_error(queue, cause);
 }
 
 #endif

@@ -173,6 +173,8 @@ static int fill(void *buffer, size_t pad, const struct iovec *iov, unsigned int 
 		return 0;
 	}
 	memcpy(to, from, sizeof(struct virtio_net_hdr_v1));
+	memset(to + sizeof(struct virtio_net_hdr_v1), 0,
+	       LONGEST_HEADER - sizeof(struct virtio_net_hdr_v1));
 	if (unlikely(header > sizeof(struct virtio_net_hdr_v1)))
 		memcpy(to, from, header);
 	return fix_header(to, length);

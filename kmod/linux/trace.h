@@ -83,24 +83,24 @@ TRACE_EVENT(vhm_used,
 		  __entry->used, __entry->count)
 );
 
-/* The ring is stuck, or a chain was bad. */
+/* ERR was signalled; the cause counts from bad_rings on through struct vhm_stats. */
 TRACE_EVENT(vhm_error,
-	TP_PROTO(const struct vhm_queue *queue, int error),
-	TP_ARGS(queue, error),
+	TP_PROTO(const struct vhm_queue *queue, int cause),
+	TP_ARGS(queue, cause),
 	TP_STRUCT__entry(
 		__field(unsigned int, device)
 		__field(unsigned int, ring)
 		__field(u16, avail)
-		__field(int, error)
+		__field(int, cause)
 	),
 	TP_fast_assign(
 		__entry->device = vhm_number(queue->dev);
 		__entry->ring = queue->index;
 		__entry->avail = queue->last_avail;
-		__entry->error = error;
+		__entry->cause = cause;
 	),
-	TP_printk("device=%u ring=%u avail=%u error=%d", __entry->device, __entry->ring,
-		  __entry->avail, __entry->error)
+	TP_printk("device=%u ring=%u avail=%u cause=%d", __entry->device, __entry->ring,
+		  __entry->avail, __entry->cause)
 );
 
 #endif

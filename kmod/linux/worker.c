@@ -127,17 +127,23 @@ static int start_kthread(struct port_worker *worker)
 		kthread_stop(task);
 		return start.error;
 	}
-	worker->task = task;
+	worker->task = get_task_struct(task);
 	return 0;
 }
 
 #if VHM_HAVE_TASK
+/* It is woken by whoever has the device open, and may be dead and gone by then. */
+static void know_task(struct port_worker *worker)
+{
+	if (unlikely(!worker->task))
+		worker->task = get_task_struct(current);
+}
+
 static bool run_task(void *data)
 {
 	struct port_worker *worker = data;
 
-	if (unlikely(!worker->task))
-		worker->task = current;
+	know_task(worker);
 	return take_works(worker, true);
 }
 
@@ -145,7 +151,7 @@ static void task_killed(void *data)
 {
 	struct port_worker *worker = data;
 
-	worker->task = current;
+	know_task(worker);
 	WRITE_ONCE(worker->dead, true);
 	/* Before the list is read, as port_worker_flush() adds to it and then reads this. */
 	smp_mb();
@@ -195,6 +201,8 @@ bool port_worker_choice(void)
 /* A kernel thread keeps the owner's memory alive, a thread of the owner needs not. */
 static void forget_owner(struct port_worker *worker, bool as_task)
 {
+	if (worker->task)
+		put_task_struct(worker->task);
 	if (as_task)
 		mmdrop(worker->mm);
 	else

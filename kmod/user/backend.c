@@ -100,7 +100,7 @@ static bool is_packet_socket(int fd, const struct stat *status)
 	return domain == AF_PACKET && type == SOCK_RAW;
 }
 
-/* The size can change at any time, so it is asked for again whenever the worker had slept. */
+/* Others may change the file at any time, so it is asked again whenever the worker had slept. */
 static void ask_header(struct port_backend *backend)
 {
 	int size;
@@ -110,6 +110,10 @@ static void ask_header(struct port_backend *backend)
 			return;
 		backend->asked = backend->worker->sleeps;
 	}
+	backend->nonblocking = fcntl(backend->fd, F_GETFL) & O_NONBLOCK;
+	if (backend->packet)
+		return;
+	backend->unlimited = !ioctl(backend->fd, TUNGETSNDBUF, &size) && size == INT_MAX;
 	if (!backend->has_vnet || ioctl(backend->fd, TUNGETVNETHDRSZ, &size))
 		return;
 	backend->overhead += size - backend->vnet;
@@ -120,7 +124,6 @@ static void ask_header(struct port_backend *backend)
 static void ask_tap(struct port_backend *backend)
 {
 	struct ifreq request;
-	int size;
 
 	memset(&request, 0, sizeof(request));
 	if (ioctl(backend->fd, TUNGETIFF, &request))
@@ -129,7 +132,6 @@ static void ask_tap(struct port_backend *backend)
 		backend->overhead = sizeof(struct tun_pi);
 	backend->has_vnet = request.ifr_flags & IFF_VNET_HDR;
 	ask_header(backend);
-	backend->unlimited = !ioctl(backend->fd, TUNGETSNDBUF, &size) && size == INT_MAX;
 }
 
 static void ask_socket(struct port_backend *backend)
@@ -158,7 +160,8 @@ static int fill(struct port_backend *backend, int fd)
 		ask_socket(backend);
 	else
 		ask_tap(backend);
-	backend->nonblocking = fcntl(backend->fd, F_GETFL) & O_NONBLOCK;
+	if (backend->packet)
+		backend->nonblocking = fcntl(backend->fd, F_GETFL) & O_NONBLOCK;
 	backend->buffer = malloc(BURST_BYTES);
 	return backend->buffer ? 0 : -ENOMEM;
 }
@@ -435,6 +438,9 @@ static bool read_burst(struct port_backend *backend)
 		char *start = backend->buffer + backend->filled + HEADROOM;
 		ssize_t length = read_frame(backend, start);
 
+		/* A socket tells of an error once, before the frames that it has. */
+		if (length < 0 && errno != EAGAIN)
+			length = read_frame(backend, start);
 		if (length <= 0)
 			break;
 		/* A frame without a byte behind its header is none. */

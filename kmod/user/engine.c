@@ -11,8 +11,9 @@
 struct engine {
 	struct vhm_dev dev;
 	pid_t process;		/* atomic: whose locks these are */
+	pthread_mutex_t telling;
 	int pipe[2];		/* one byte in it while a message waits */
-	bool told;		/* atomic: the byte is in it */
+	bool told;		/* under telling: the byte is in it */
 };
 
 /* As the in-tree module's parameters are unless they are set. */
@@ -22,10 +23,12 @@ static const struct vhm_limits limits = {
 	.fork_from_owner = true,
 };
 
-static void init_locks(struct vhm_dev *dev)
+static void init_locks(struct engine *engine)
 {
+	struct vhm_dev *dev = &engine->dev;
 	unsigned int i;
 
+	pthread_mutex_init(&engine->telling, NULL);
 	port_lock_init(&dev->lock);
 	port_lock_init(&dev->message_lock);
 	for (i = 0; i < VHM_QUEUES; i++)
@@ -38,9 +41,13 @@ static void replace_pipe(struct engine *engine)
 	int own[2];
 	unsigned int i;
 
-	engine->told = true;
-	if (pipe2(own, O_CLOEXEC | O_NONBLOCK))
+	if (pipe2(own, O_CLOEXEC | O_NONBLOCK)) {
+		close(engine->pipe[0]);
+		close(engine->pipe[1]);
+		engine->pipe[0] = -1;
+		engine->pipe[1] = -1;
 		return;
+	}
 	for (i = 0; i < 2; i++) {
 		dup3(own[i], engine->pipe[i], O_CLOEXEC);
 		close(own[i]);
@@ -56,7 +63,7 @@ static struct vhm_dev *enter(struct engine *engine)
 	pid_t process = getpid();
 
 	if (__atomic_exchange_n(&engine->process, process, __ATOMIC_ACQ_REL) != process) {
-		init_locks(&engine->dev);
+		init_locks(engine);
 		replace_pipe(engine);
 	}
 	return &engine->dev;
@@ -78,6 +85,7 @@ int engine_open(struct engine **engine)
 		return error;
 	}
 	new->process = getpid();
+	pthread_mutex_init(&new->telling, NULL);
 	vhm_dev_init(&new->dev, &limits);
 	*engine = new;
 	return 0;
@@ -91,45 +99,30 @@ void engine_close(struct engine *engine)
 	free(engine);
 }
 
+/* The look and what follows from it are one step, or the byte would tell of the past. */
 void port_message_ready(struct vhm_dev *dev)
 {
 	struct engine *engine = container_of(dev, struct engine, dev);
+	bool readable;
+	char byte = 0;
 
-	/* A pipe that is full says what we wanted to say. */
-	if (!__atomic_exchange_n(&engine->told, true, __ATOMIC_ACQ_REL) &&
-	    write(engine->pipe[1], "", 1) < 0)
-		return;
-}
-
-/* Messages were read or dropped: the byte goes with the last of them. */
-static void tell(struct engine *engine)
-{
-	char byte;
-
-	if (!__atomic_load_n(&engine->told, __ATOMIC_ACQUIRE) || vhm_dev_readable(&engine->dev))
-		return;
-	if (__atomic_exchange_n(&engine->told, false, __ATOMIC_ACQ_REL) &&
-	    read(engine->pipe[0], &byte, 1) < 0)
-		return;
-	/* One may have come between the look and the read. */
-	if (vhm_dev_readable(&engine->dev))
-		port_message_ready(&engine->dev);
+	pthread_mutex_lock(&engine->telling);
+	readable = vhm_dev_readable(dev);
+	if (readable && !engine->told)
+		engine->told = write(engine->pipe[1], &byte, 1) == 1;
+	else if (!readable && engine->told)
+		engine->told = read(engine->pipe[0], &byte, 1) != 1;
+	pthread_mutex_unlock(&engine->telling);
 }
 
 long engine_ioctl(struct engine *engine, unsigned int request, uint64_t address)
 {
-	long result = vhm_dev_ioctl(enter(engine), request, address);
-
-	tell(engine);
-	return result;
+	return vhm_dev_ioctl(enter(engine), request, address);
 }
 
 long engine_read(struct engine *engine, uint64_t address, size_t length)
 {
-	long result = vhm_dev_read(enter(engine), address, length);
-
-	tell(engine);
-	return result;
+	return vhm_dev_read(enter(engine), address, length);
 }
 
 long engine_write(struct engine *engine, uint64_t address, size_t length)
@@ -137,8 +130,9 @@ long engine_write(struct engine *engine, uint64_t address, size_t length)
 	return vhm_dev_write(enter(engine), address, length);
 }
 
-int engine_fileno(const struct engine *engine)
+int engine_fileno(struct engine *engine)
 {
+	enter(engine);
 	return engine->pipe[0];
 }
 

@@ -27,7 +27,7 @@ long engine_read(struct engine *engine, uint64_t address, size_t length);
 long engine_write(struct engine *engine, uint64_t address, size_t length);
 
 /* A descriptor to poll: readable while an IOTLB message waits. It stays the engine's. */
-int engine_fileno(const struct engine *engine);
+int engine_fileno(struct engine *engine);
 
 /* The worker's thread, 0 if there is none. */
 int engine_worker(const struct engine *engine);

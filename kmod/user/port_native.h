@@ -328,10 +328,10 @@ static inline void port_trace_signal(const struct vhm_queue *queue)
 	(void)queue;
 }
 
-static inline void port_trace_error(const struct vhm_queue *queue, int error)
+static inline void port_trace_error(const struct vhm_queue *queue, int cause)
 {
 	(void)queue;
-	(void)error;
+	(void)cause;
 }
 
 #endif

@@ -172,9 +172,12 @@ static void close_both(struct port_worker *worker)
 int port_worker_start(struct port_worker *worker, bool as_task)
 {
 	struct epoll_event event = { .events = EPOLLIN | EPOLLET };
-	int error;
+	int error = guard_install();
 
 	(void)as_task;
+	/* Somebody may have put a handler over ours since the device was opened. */
+	if (error)
+		return error;
 	worker->queued = 0;
 	worker->asked = 0;
 	worker->done = 0;

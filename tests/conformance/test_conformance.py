@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from vhostctl.conformance import run, wanted
 from vhostctl.conformance.case import Case, all_cases
+from vhostctl.conformance.flags import Flags
 from vhostctl.conformance.report import NOT_APPLICABLE, PASS
 from vhostctl.conformance.run import Subject
 from vhostctl.conformance.wanted import Wanted
@@ -19,6 +22,17 @@ def subject(device: str) -> Subject:
 @pytest.fixture(scope="session")
 def listed() -> list[Wanted]:
     return wanted.read()
+
+
+def test_ours_do_what_the_newest_does(subject: Subject) -> None:
+    """What a device of ours stopped doing must not turn into cases that do not apply."""
+    if subject.kind == run.IN_TREE:
+        expected = set()
+    else:
+        expected = {field.name for field in dataclasses.fields(Flags)} - {"fork_from_owner"}
+        expected -= {"node"} if subject.kind == run.ENGINE else set()
+    done = {name for name, value in dataclasses.asdict(subject.flags).items() if value}
+    assert expected <= done
 
 
 # A case that does not apply passes: what the device is like was asked of it, and the table

@@ -216,7 +216,7 @@ def test_an_eventfd_is_what_has_its_name(device: VhostNet) -> None:
     os.close(writer)
 
 
-def test_a_descriptor_tells_of_messages(device: VhostNet) -> None:
+def test_messages_are_taken_where_none_waits(device: VhostNet) -> None:
     poll = select.poll()
     poll.register(device.fileno(), select.POLLIN | select.POLLOUT)
     assert poll.poll(0) == []

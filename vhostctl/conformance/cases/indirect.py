@@ -114,3 +114,13 @@ def not_aligned(target: Target) -> None:
     moved = rig.alloc(64) + 3
     rig.write(moved, rig.read(held.addr, held.len))
     _one(target, rig, held._replace(addr=moved))
+
+
+@case("Tables of 131,072 empty descriptors in one chain are read to their end.")
+def many_empty_ones(target: Target) -> None:
+    rig = Rig(target, _ACKED)
+    full = rig.indirect([Part(0, 0)] * 65536)
+    rig.tx.offer([full, full])
+    rig.tx.wait_errors(1)
+    target.check("base", rig.tx.base(), 1)
+    target.check("errors", rig.tx.errors(), 1)

@@ -141,3 +141,20 @@ def index_wraps(target: Target) -> None:
     target.check("used index", rig.rx.used_idx, 3)
     target.check("base", rig.rx.base(), 3)
     target.check("frame", name(rig.filled(rooms)[12:412]), "1x400")
+
+
+@case("Behind good buffers a chain with a readable descriptor costs the first of them its place.")
+def good_before_readable(target: Target) -> None:
+    rig = Rig(target, Setup(features=V1 | MRG))
+    rooms = [rig.room(100) for _ in range(5)]
+    readable = rig.put(bytes(100))
+    chains = [[rooms[0]], [rooms[1]], [readable], *([room] for room in rooms[2:])]
+    rig.wire.send(frame(1, 250))
+    target.settle()
+    rig.rx.offer(*chains)
+    rig.rx.wait_errors(1)
+    target.check("base", rig.rx.base(), 1)
+    target.check("used index", rig.rx.used_idx, 0)
+    rig.rx.kick.signal()
+    rig.rx.wait_errors(2, "errors after the next kick")
+    target.check("base after the next kick", rig.rx.base(), 2)
