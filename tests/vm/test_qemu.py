@@ -19,10 +19,11 @@ from typing import Any, cast
 import pytest
 from virtme.cpiowriter import CpioWriter
 
-from tests.vm.conftest import fetched, run
+from tests.vm.conftest import Outcome, fetched, run
 from tests.vm.tcp_qemu import ANSWER, BOOT, FALLBACK, IPERF, RECEIVER, SENDER, STATISTICS
 from vhostctl.host.vhost import DEFAULT_PATH
 from vhostctl.kmod import NODE
+from vhostctl.lab.guest import LostMachineError
 from vhostctl.lab.kernels import Kernel
 from vhostctl.lab.vm import Machine
 
@@ -134,15 +135,30 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     made.kernel.unlink()
 
 
+def in_a_vm(kernel: Kernel, argv: list[str]) -> Outcome | None:
+    """Run `argv` in a VM; None if that was lost or its guest fell silent.
+
+    A guest with two CPUs under KVM under the emulator does so now and then, on the kernel's
+    vhost-net as on ours, mostly while it sends for long and the machine is busy.
+    """
+    try:
+        outcome = run(Machine(kernel), argv, BOOT + 5 * ANSWER + 2 * SECONDS)
+    except LostMachineError as lost:
+        print(lost)
+        return None
+    print(outcome)
+    return None if outcome.status and "timed out" in outcome.stderr else outcome
+
+
 def through_guest(
     kernel: Kernel, guest: Guest, device: str, queues: int, *more: str
 ) -> dict[str, Any]:
     """Run the traffic in a VM, look at what came of it and return that."""
     argv = ["python", "-m", "tests.vm.tcp_qemu", str(guest.kernel), str(guest.initramfs)]
     argv += ["--device", device, "--queues", str(queues), "--seconds", str(SECONDS), *more]
-    outcome = run(Machine(kernel), argv, BOOT + 5 * ANSWER + 2 * SECONDS)
-    print(outcome)
-    assert outcome.status == 0
+    outcome = in_a_vm(kernel, argv) or in_a_vm(kernel, argv)
+    assert outcome is not None
+    assert outcome.status == 0, outcome
     report = json.loads(outcome.stdout)
     assert f"guest is up, queue pairs: {queues}" in report["console"]
     assert report["devices"] == queues
