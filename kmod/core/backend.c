@@ -18,7 +18,7 @@ bool vhm_queue_log_ok(struct vhm_queue *queue, u64 log_base)
 	       vhm_used_log_ok(queue, log_base);
 }
 
-bool vhm_queue_ok(struct vhm_queue *queue)
+static bool queue_ok(struct vhm_queue *queue)
 {
 	return vhm_queue_log_ok(queue, queue->log_base) &&
 	       (queue->dev->iotlb || vhm_ring_ok(queue));
@@ -77,7 +77,7 @@ static long set_backend(struct vhm_dev *dev, const struct vhost_vring_file *file
 	if (file->fd == VHOST_FILE_UNBIND)
 		vhm_iotlb_clear(dev);
 	port_lock(&queue->lock);
-	if (!vhm_queue_ok(queue))
+	if (!queue_ok(queue))
 		error = -EFAULT;
 	else if (file->fd != VHOST_FILE_UNBIND)
 		error = port_backend_get(file->fd, queue->index == VHM_TX, &backend);

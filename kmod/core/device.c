@@ -59,7 +59,6 @@ static int alloc_buffers(struct vhm_queue *queue)
 /* Everything that a request can set, as it was before the first one. */
 static void reset_queue(struct vhm_queue *queue)
 {
-	port_poll_stop(&queue->kick_poll);
 	port_kick_put(queue->kick);
 	port_event_put(queue->call);
 	port_event_put(queue->err);
@@ -254,18 +253,16 @@ static long set_log_base(struct vhm_dev *dev, u64 uaddr)
 
 static long set_log_fd(struct vhm_dev *dev, u64 uaddr)
 {
-	struct port_event *event = NULL;
+	struct port_event *event;
 	struct port_event *old;
 	int error;
 	int fd;
 
 	if (port_copy_in(&fd, uaddr, sizeof(fd)))
 		return -EFAULT;
-	if (fd != VHOST_FILE_UNBIND) {
-		error = port_event_get(fd, &event);
-		if (error)
-			return error;
-	}
+	error = vhm_event_get(fd, &event);
+	if (error)
+		return error;
 	vhm_lock_queues(dev);
 	old = dev->log_event;
 	dev->log_event = event;

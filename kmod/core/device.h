@@ -11,11 +11,12 @@
 #define VHOST_FILE_UNBIND -1
 #endif
 
-/* Feature bits 0 to 63 and 64 to 127 that the device offers. */
-extern const u64 vhm_features[2];
-
-/* Acknowledge: 0, -EOPNOTSUPP for what is not offered, -EFAULT. */
-long vhm_set_features(struct vhm_dev *dev, u64 low, u64 high);
+/* The event that a request names, NULL if it says that there is to be none. */
+static inline int vhm_event_get(int fd, struct port_event **event)
+{
+	*event = NULL;
+	return fd == VHOST_FILE_UNBIND ? 0 : port_event_get(fd, event);
+}
 
 /* The requests for the device as a whole; -ENOTTY for those that are not. */
 long vhm_features_ioctl(struct vhm_dev *dev, unsigned int request, u64 uaddr);
@@ -28,8 +29,7 @@ long vhm_set_backend(struct vhm_dev *dev, u64 uaddr);
 /* Stop the ring and let its backend go. */
 void vhm_stop(struct vhm_dev *dev, struct vhm_queue *queue);
 
-/* Whether memory, log and ring of a queue can be what they were said to be. */
-bool vhm_queue_ok(struct vhm_queue *queue);
+/* Whether memory and log of a queue can be what they were said to be. */
 bool vhm_queue_log_ok(struct vhm_queue *queue, u64 log_base);
 bool vhm_used_log_ok(const struct vhm_queue *queue, u64 log_base);
 

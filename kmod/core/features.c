@@ -25,7 +25,8 @@
 #define BIT64(bit)	(1ULL << (bit))
 #define BACKEND_FEATURES BIT64(VHOST_BACKEND_F_IOTLB_MSG_V2)
 
-const u64 vhm_features[2] = {
+/* Bits 0 to 63 and 64 to 127 that the device offers. */
+static const u64 offered[2] = {
 	BIT64(VIRTIO_NET_F_MRG_RXBUF) | BIT64(VIRTIO_F_NOTIFY_ON_EMPTY) |
 	BIT64(VHOST_F_LOG_ALL) | BIT64(VHOST_NET_F_VIRTIO_NET_HDR) |
 	BIT64(VIRTIO_RING_F_INDIRECT_DESC) | BIT64(VIRTIO_RING_F_EVENT_IDX) |
@@ -111,11 +112,11 @@ static long apply(struct vhm_dev *dev, u64 low, u64 high)
 	return 0;
 }
 
-long vhm_set_features(struct vhm_dev *dev, u64 low, u64 high)
+static long set_features(struct vhm_dev *dev, u64 low, u64 high)
 {
 	long result;
 
-	if (low & ~vhm_features[0] || high & ~vhm_features[1])
+	if (low & ~offered[0] || high & ~offered[1])
 		return -EOPNOTSUPP;
 	port_lock(&dev->lock);
 	result = apply(dev, low, high);
@@ -131,12 +132,12 @@ static long get_array(u64 uaddr)
 	if (port_copy_in(&count, uaddr, sizeof(count)))
 		return -EFAULT;
 	uaddr += sizeof(count);
-	if (port_copy_out(uaddr, vhm_features, min_t(u64, count, 2) * sizeof(u64)))
+	if (port_copy_out(uaddr, offered, min_t(u64, count, 2) * sizeof(u64)))
 		return -EFAULT;
 	if (count <= 2)
 		return 0;
 	rest = min_t(u64, count, FEATURE_WORDS) - 2;
-	for (uaddr += sizeof(vhm_features); rest--; uaddr += sizeof(none))
+	for (uaddr += sizeof(offered); rest--; uaddr += sizeof(none))
 		if (port_copy_out(uaddr, &none, sizeof(none)))
 			return -EFAULT;
 	return count > FEATURE_WORDS ? -EFAULT : 0;
@@ -160,7 +161,7 @@ static long set_array(struct vhm_dev *dev, u64 uaddr)
 		if (word)
 			return -EOPNOTSUPP;
 	}
-	return vhm_set_features(dev, words[0], words[1]);
+	return set_features(dev, words[0], words[1]);
 }
 
 static long set_backend_features(struct vhm_dev *dev, u64 uaddr)
@@ -186,11 +187,11 @@ long vhm_features_ioctl(struct vhm_dev *dev, unsigned int request, u64 uaddr)
 
 	switch (request) {
 	case VHOST_GET_FEATURES:
-		return port_copy_out(uaddr, &vhm_features[0], sizeof(u64));
+		return port_copy_out(uaddr, &offered[0], sizeof(u64));
 	case VHOST_SET_FEATURES:
 		if (port_copy_in(&features, uaddr, sizeof(features)))
 			return -EFAULT;
-		return vhm_set_features(dev, features, 0);
+		return set_features(dev, features, 0);
 	case VHOST_GET_FEATURES_ARRAY:
 		return get_array(uaddr);
 	case VHOST_SET_FEATURES_ARRAY:

@@ -180,14 +180,15 @@ void vhm_receive(struct vhm_queue *queue)
 	for (; !vhm_turn_over(frames, bytes); frames++) {
 		size_t length = port_receive_peek(queue->backend);
 		struct buffers buffers;
+		size_t size;
 		int done;
 
 		if (!length)
 			length = wait_for_frame(queue);
 		if (!length)
 			goto out;
-		done = gather(queue, length + queue->header_backend + queue->header_own, logs,
-			      &buffers);
+		size = length + queue->header_backend + queue->header_own;
+		done = gather(queue, size, logs, &buffers);
 		if (unlikely(done == -EMSGSIZE)) {
 			port_receive_drop(queue->backend);
 			queue->stats.drops++;
@@ -209,13 +210,11 @@ void vhm_receive(struct vhm_queue *queue)
 			continue;
 		}
 		if (unlikely(logs))
-			vhm_log_frame(queue, buffers.logs, buffers.pieces,
-				      length + queue->header_backend + queue->header_own);
+			vhm_log_frame(queue, buffers.logs, buffers.pieces, size);
 		finish(queue, &buffers);
 		queue->stats.frames++;
 		queue->stats.bytes += length;
-		bytes += length + queue->header_backend + queue->header_own +
-			 buffers.visited * VHM_DESCRIPTOR_BYTES;
+		bytes += size + buffers.visited * VHM_DESCRIPTOR_BYTES;
 	}
 	port_work_queue(&queue->work);
 out:

@@ -98,16 +98,14 @@ static long set_kick(struct vhm_queue *queue, u64 uaddr, bool *flush)
 static long set_event(struct port_event **place, u64 uaddr)
 {
 	struct vhost_vring_file file;
-	struct port_event *event = NULL;
+	struct port_event *event;
 	int error;
 
 	if (port_copy_in(&file, uaddr, sizeof(file)))
 		return -EFAULT;
-	if (file.fd != VHOST_FILE_UNBIND) {
-		error = port_event_get(file.fd, &event);
-		if (error)
-			return error;
-	}
+	error = vhm_event_get(file.fd, &event);
+	if (error)
+		return error;
 	port_event_put(*place);
 	*place = event;
 	return 0;

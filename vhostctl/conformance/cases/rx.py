@@ -38,9 +38,8 @@ def num_buffers_v1(target: Target) -> None:
     target.check("num_buffers", found, found if found in (1, 0xAAAA) else 1)
 
 
-@case("Without VERSION_1 and MRG_RXBUF the frame comes behind 10 bytes.")
-def header_of_10(target: Target) -> None:
-    rig = Rig(target, Setup(features=0, header=10))
+def _behind_10(target: Target, setup: Setup) -> None:
+    rig = Rig(target, setup)
     room = rig.room(2000)
     (head,) = rig.rx.offer([room])
     rig.wire.send(frame(1))
@@ -48,18 +47,16 @@ def header_of_10(target: Target) -> None:
     data = rig.filled([room])
     target.check("header", data[:10].hex(), bytes(10).hex())
     target.check("frame", name(data[10:70]), "1x60")
+
+
+@case("Without VERSION_1 and MRG_RXBUF the frame comes behind 10 bytes.")
+def header_of_10(target: Target) -> None:
+    _behind_10(target, Setup(features=0, header=10))
 
 
 @case("With VHOST_NET_F_VIRTIO_NET_HDR the device writes the 10 bytes of a legacy header itself.")
 def own_header_of_10(target: Target) -> None:
-    rig = Rig(target, Setup(features=VHOST_HDR, header=None))
-    room = rig.room(2000)
-    (head,) = rig.rx.offer([room])
-    rig.wire.send(frame(1))
-    target.check("used", rig.rx.wait(1), [(head, 70)])
-    data = rig.filled([room])
-    target.check("header", data[:10].hex(), bytes(10).hex())
-    target.check("frame", name(data[10:70]), "1x60")
+    _behind_10(target, Setup(features=VHOST_HDR, header=None))
 
 
 @case("A buffer may be a chain of many descriptors, the header split down to single bytes.")
