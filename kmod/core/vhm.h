@@ -80,7 +80,7 @@ struct vhm_stats {
 	u64 frames;
 	u64 bytes;
 	u64 signals;
-	u64 drops;		/* frames that no buffer was right for */
+	u64 drops;		/* frames that no buffer was right for, or read ahead in vain */
 	u64 bad_rings;		/* avail index or head out of range, ring unreadable */
 	u64 bad_chains;		/* descriptors that make no chain */
 	u64 bad_addresses;	/* descriptors that point outside memory */

@@ -105,10 +105,12 @@ static void ask_header(struct port_backend *backend)
 {
 	int size;
 
-	if (backend->worker) {
-		if (backend->asked == backend->worker->sleeps)
+	if (backend->queue) {
+		u64 sleeps = backend->queue->dev->worker.sleeps;
+
+		if (backend->asked == sleeps)
 			return;
-		backend->asked = backend->worker->sleeps;
+		backend->asked = sleeps;
 	}
 	backend->nonblocking = fcntl(backend->fd, F_GETFL) & O_NONBLOCK;
 	if (backend->packet)
@@ -176,16 +178,26 @@ int port_backend_get(int fd, bool transmit, struct port_backend **backend)
 		return -ENOMEM;
 	error = fill(new, fd);
 	if (error)
-		backend_free(new);
+		backend_discard(new);
 	else
 		*backend = new;
 	return error;
 }
 
-void backend_free(struct port_backend *backend)
+unsigned int backend_left(const struct port_backend *backend)
+{
+	return backend->count - backend->first;
+}
+
+void backend_discard(struct port_backend *backend)
 {
 	if (!backend)
 		return;
+	if (backend_left(backend)) {
+		port_lock(&backend->queue->lock);
+		backend->queue->stats.drops += backend_left(backend);
+		port_unlock(&backend->queue->lock);
+	}
 	if (backend->fd >= 0)
 		close(backend->fd);
 	free(backend->buffer);
@@ -195,14 +207,32 @@ void backend_free(struct port_backend *backend)
 /* Frames that were read ahead wait for the return of their file, as long as there is a worker. */
 void port_backend_put(struct port_backend *backend)
 {
-	if (backend && backend->first < backend->count && backend->worker &&
-	    port_worker_is_mine(backend->worker)) {
-		struct port_backend *before = backend->worker->parked;
+	if (backend && backend_left(backend)) {
+		struct port_worker *worker = &backend->queue->dev->worker;
 
-		backend->worker->parked = backend;
-		backend = before;
+		if (port_worker_is_mine(worker)) {
+			struct port_backend *before = worker->parked;
+
+			worker->parked = backend;
+			backend = before;
+		}
 	}
-	backend_free(backend);
+	backend_discard(backend);
+}
+
+void backend_settle(struct port_backend *backend)
+{
+	backend->settling = true;
+}
+
+bool backend_unsettle(struct port_backend *backend)
+{
+	bool settling = backend->settling;
+
+	backend->settling = false;
+	/* What came meanwhile woke the worker then, and will not again. */
+	backend->dry = false;
+	return settling;
 }
 
 /*
@@ -226,26 +256,30 @@ static char *convert(const struct port_backend *backend, char *frame, size_t hea
 
 bool backend_adopt(struct port_backend *backend)
 {
-	struct port_backend *parked = backend->worker->parked;
+	struct port_worker *worker = &backend->queue->dev->worker;
+	struct port_backend *parked = worker->parked;
 	char *buffer = backend->buffer;
 	unsigned int i;
 
 	if (!parked || !same_file(parked->fd, backend->fd))
 		return false;
-	backend->worker->parked = NULL;
+	worker->parked = NULL;
 	backend->buffer = parked->buffer;
 	parked->buffer = buffer;
 	for (i = parked->first; i < parked->count; i++) {
 		char *start = parked->frame[i].start + parked->overhead - parked->vnet;
 
 		start = convert(backend, start, parked->vnet);
-		if (!start)
+		if (!start) {
+			backend->queue->stats.drops++;
 			continue;
+		}
 		backend->frame[backend->count].start = start;
 		backend->frame[backend->count++].length =
 			parked->frame[i].length - parked->overhead + backend->overhead;
 	}
-	backend_free(parked);
+	parked->first = parked->count;
+	backend_discard(parked);
 	return backend->count;
 }
 
@@ -428,6 +462,8 @@ static bool read_burst(struct port_backend *backend)
 	backend->first = 0;
 	backend->count = 0;
 	backend->filled = 0;
+	if (backend->settling)
+		return false;
 	/* If anything came since the last look, that wakes the worker by itself. */
 	if (backend->dry) {
 		backend->dry = false;

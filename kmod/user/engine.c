@@ -2,6 +2,7 @@
 /* The device and the descriptor that tells of its messages. */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <linux/vhost.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -115,9 +116,62 @@ void port_message_ready(struct vhm_dev *dev)
 	pthread_mutex_unlock(&engine->telling);
 }
 
+/* To the core the file that a ring has already is nothing new; a settled ring reads it again. */
+static void read_again(struct vhm_dev *dev, u64 address)
+{
+	struct vhost_vring_file file;
+	struct vhm_queue *queue;
+
+	if (port_copy_in(&file, address, sizeof(file)) || file.index >= VHM_QUEUES ||
+	    file.fd == VHOST_FILE_UNBIND)
+		return;
+	queue = &dev->queue[file.index];
+	port_lock(&queue->lock);
+	if (queue->backend && backend_unsettle(queue->backend))
+		port_work_queue(&queue->work);
+	port_unlock(&queue->lock);
+}
+
 long engine_ioctl(struct engine *engine, unsigned int request, uint64_t address)
 {
-	return vhm_dev_ioctl(enter(engine), request, address);
+	struct vhm_dev *dev = enter(engine);
+	long result = vhm_dev_ioctl(dev, request, address);
+
+	if (request == VHOST_NET_SET_BACKEND && !result)
+		read_again(dev, address);
+	return result;
+}
+
+/* The device's lock is held. */
+static int settle(struct vhm_queue *queue)
+{
+	const struct port_backend *parked = queue->dev->worker.parked;
+	int left = 0;
+
+	if (!port_worker_is_mine(&queue->dev->worker))
+		return -EPERM;
+	port_lock(&queue->lock);
+	if (queue->backend) {
+		backend_settle(queue->backend);
+		left = backend_left(queue->backend);
+	} else if (parked && parked->queue == queue) {
+		left = backend_left(parked);
+	}
+	port_unlock(&queue->lock);
+	return left;
+}
+
+int engine_settle(struct engine *engine, unsigned int index)
+{
+	struct vhm_dev *dev = enter(engine);
+	int left;
+
+	if (index >= VHM_QUEUES)
+		return -ENOBUFS;
+	port_lock(&dev->lock);
+	left = settle(&dev->queue[index]);
+	port_unlock(&dev->lock);
+	return left;
 }
 
 long engine_read(struct engine *engine, uint64_t address, size_t length)

@@ -32,6 +32,14 @@ int engine_fileno(struct engine *engine);
 /* The worker's thread, 0 if there is none. */
 int engine_worker(const struct engine *engine);
 
+/*
+ * Prepare the ring @index for another reader of its backend: from now on it reads no more
+ * frames, until a backend is set. Returns how many that it has read wait for buffers (those
+ * of a ring that was stopped wait for its backend), -ENOBUFS if there is no such ring, or
+ * -EPERM if the caller is not the owner. After 0 the backend has all the frames.
+ */
+int engine_settle(struct engine *engine, unsigned int index);
+
 /* What a ring counted since the device was opened: 0, or -ENOBUFS if there is no such ring. */
 int engine_stats(struct engine *engine, unsigned int queue, struct vhm_stats *stats);
 

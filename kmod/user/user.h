@@ -38,8 +38,9 @@ struct port_backend {
 	unsigned int first, count;
 	size_t filled;		/* bytes of the buffer */
 	bool dry;		/* there was nothing behind the frame that was read */
+	bool settling;		/* reads nothing any more */
 
-	struct port_worker *worker;
+	struct vhm_queue *queue;	/* whose lock guards all of this, from the first watch on */
 };
 
 /* Whether the calling thread is a worker. */
@@ -48,12 +49,20 @@ bool worker_is_current(void);
 /* Two descriptors of one open file. */
 bool same_file(int a, int b);
 
-void backend_free(struct port_backend *backend);
+/* Let go of @backend; frames that it still has are counted as drops. The lock is not held. */
+void backend_discard(struct port_backend *backend);
 
 /*
  * Take over what the worker had read ahead when it served the same file before; true if
  * there is anything.
  */
 bool backend_adopt(struct port_backend *backend);
+
+/* Frames that were read and not yet received. */
+unsigned int backend_left(const struct port_backend *backend);
+
+/* Read nothing more, and read again; the latter is true if that is a change. */
+void backend_settle(struct port_backend *backend);
+bool backend_unsettle(struct port_backend *backend);
 
 #endif

@@ -222,7 +222,7 @@ void port_worker_stop(struct port_worker *worker)
 		pthread_mutex_destroy(&worker->mutex);
 	}
 	close_both(worker);
-	backend_free(worker->parked);
+	backend_discard(worker->parked);
 	worker->parked = NULL;
 	worker->owner = 0;
 	worker->tid = 0;
@@ -299,7 +299,7 @@ int port_poll_backend(struct port_poll *poll, struct port_backend *backend, bool
 	if (error)
 		return error;
 	poll->transmit = transmit;
-	backend->worker = poll->work->worker;
+	backend->queue = poll->work->queue;
 	if (!transmit && backend_adopt(backend))
 		port_work_queue(poll->work);
 	return 0;

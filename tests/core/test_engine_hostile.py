@@ -20,6 +20,8 @@ CASES = [
     "requests_under_load",
 ]
 PROGRAM = "tests/core/hostile_cases.py"
+SETTLE_CASES = ["let_go", "read_again", "count_drops", "hand_over_under_load"]
+SETTLE_PROGRAM = "tests/core/settle_cases.py"
 
 
 @pytest.fixture(scope="module", params=["", *embedded.SANITIZERS], ids=lambda name: name or "plain")
@@ -34,9 +36,13 @@ def engine(
     ), sanitizers
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_against_an_enemy(engine: tuple[Path, str], case: str) -> None:
-    done = embedded.run(*engine, [PROGRAM, case])
+@pytest.mark.parametrize(
+    ("program", "case"),
+    [(PROGRAM, case) for case in CASES] + [(SETTLE_PROGRAM, case) for case in SETTLE_CASES],
+    ids=CASES + SETTLE_CASES,
+)
+def test_against_an_enemy(engine: tuple[Path, str], program: str, case: str) -> None:
+    done = embedded.run(*engine, [program, case])
     assert done.returncode == 0, done.stderr
     assert done.stdout == "done\n"
 

@@ -67,6 +67,9 @@ class Channel:
     def fileno(self) -> int:
         raise OSError
 
+    def settle(self, queue: int) -> int:
+        raise OSError
+
     def detach(self) -> int:
         raise OSError
 

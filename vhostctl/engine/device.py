@@ -19,7 +19,8 @@ _ADDRESSES = (1 << 64) - 1
 class RingStats:
     """What a ring counted since the device was opened (struct vhm_stats).
 
-    `drops` are frames that no buffer was right for. Of what the driver did wrong:
+    `drops` are frames that no buffer was right for, and those that were read ahead and still
+    there when the device was reset or got another file. Of what the driver did wrong:
     `bad_rings` (an index out of range, a ring that cannot be read), `bad_chains`,
     `bad_addresses`, `bad_buffers` (chains of the wrong direction, or empty), `bad_frames`
     (bytes that make no frame), `bad_used` (a used ring that cannot be written). `misses`
@@ -108,6 +109,15 @@ class Engine(Closing):
     def worker(self) -> int | None:
         """Return the thread id of the worker; None before SET_OWNER and in other processes."""
         return native.lib.engine_worker(self._open) or None
+
+    def settle(self, queue: int) -> int:
+        """Let the ring `queue` read no more frames from its backend, until one is set.
+
+        It goes on to deliver those that it has read ahead; returns how many are left of them.
+        After 0 the backend has all the others, for another device or reader. OSError: ENOBUFS
+        if there is no such ring, EPERM if this process is not the owner.
+        """
+        return _checked(native.lib.engine_settle(self._open, queue))
 
     def stats(self, queue: int) -> RingStats:
         """Return what the ring `queue` counted; OSError (ENOBUFS) if there is no such ring."""

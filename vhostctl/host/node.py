@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Self
 
 from vhostctl.abi.ioctl import Request
 from vhostctl.errors import kernel_error
@@ -37,6 +38,13 @@ class DeviceNode(Handle):
             number = error.errno or 0
             raise kernel_error(number, "open", path, _hint(path, number)) from error
         super().__init__(fd, path)
+
+    @classmethod
+    def adopt(cls, fd: int, label: str) -> Self:
+        """Own `fd`, which somebody else opened; `label` is what errors call it."""
+        node = cls.__new__(cls)
+        Handle.__init__(node, fd, label)
+        return node
 
     def ioctl(self, request: Request, argument: object) -> int:
         """As ioctl(2): return its result, raise OSError with its errno."""

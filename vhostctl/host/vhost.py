@@ -7,6 +7,7 @@ ClosedError after `close()`. Rings are 0 (receive) and 1 (transmit) on every dev
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Iterable
 from typing import Protocol, Self
 
@@ -19,6 +20,7 @@ from vhostctl.host.node import DeviceNode
 DEFAULT_PATH = "/dev/vhost-net"
 ENGINE = "engine"  # in place of a path: the vhost-net of this process
 RX, TX = 0, 1
+_SETTLING = 0.001  # seconds between two looks
 
 IotlbMessage = vhost.vhost_msg | vhost.vhost_msg_v2
 
@@ -58,9 +60,21 @@ class OwnedChannel(Channel, Protocol):
         """Return its descriptor and give up its ownership."""
         ...
 
+    def settle(self, queue: int) -> int:
+        """Let a ring read no more frames; return how many it has and has not delivered."""
+        ...
+
     def close(self) -> None:
         """Close it."""
         ...
+
+
+class _Node(DeviceNode):
+    """A vhost-net in the kernel."""
+
+    def settle(self, queue: int) -> int:  # noqa: ARG002
+        """Return 0: when a ring is stopped, what it has read ahead goes back to the tap."""
+        return 0
 
 
 class VhostNet(Closing):
@@ -79,9 +93,14 @@ class VhostNet(Closing):
 
         Raises KernelError (ENOENT, EACCES...).
         """
-        node = DeviceNode(path)
+        node = _Node(path)
         node.label = label or path
         return cls(node)
+
+    @classmethod
+    def adopt(cls, fd: int, label: str = DEFAULT_PATH) -> Self:
+        """Own `fd`, a descriptor of the node that somebody else opened, and nobody owns yet."""
+        return cls(_Node.adopt(fd, label))
 
     @classmethod
     def at(cls, device: str, label: str = "") -> Self:
@@ -278,6 +297,26 @@ class VhostNet(Closing):
     def set_backend(self, queue: int, fd: int | None) -> None:
         """VHOST_NET_SET_BACKEND: start the ring on a tap's descriptor; None stops it."""
         self._set_file(vhost.VHOST_NET_SET_BACKEND, queue, fd)
+
+    def settle(self, queue: int, timeout: float = 0.0) -> int:
+        """Let `queue` read no more frames from its backend; wait until it delivered what it has.
+
+        Returns the frames that it still has after `timeout` seconds, for want of buffers. If it
+        is 0 the backend can be taken away, and another device or reader gets every later frame.
+        Frames that are left wait for the same file to be set again, and are dropped (and
+        counted) when the device is reset or closed. `set_backend` lets the ring read again. A
+        kernel's device returns 0 at once: it gives frames back to the tap when a ring is
+        stopped. Raises KernelError.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                left = self._channel.settle(queue)
+            except OSError as error:
+                raise refusal(error, "settle", f"{self.label} queue {queue}") from error
+            if not left or time.monotonic() >= deadline:
+                return left
+            time.sleep(_SETTLING)
 
 
 def _or_none(fd: int | None) -> int:
