@@ -25,6 +25,8 @@ _HINTS: dict[tuple[str | None, int], str] = {
     ("TUNSETIFF", errno.EBUSY): "somebody has the tap open: stop them, or take another name",
     ("TUNSETIFF", errno.E2BIG): "a tap has at most 256 queues",
     ("TUNSETIFF", errno.EINVAL): "the name is taken by another kind of device, or queues differ",
+    ("TUNSETQUEUE", errno.EINVAL): "the tap has a single queue, or this one is so already",
+    ("TUNSETOFFLOAD", errno.EINVAL): "a flag this kernel does not know, or one without TUN_F_CSUM",
     (None, errno.EPERM): "only the process that called VHOST_SET_OWNER may do this",
 }
 

@@ -7,6 +7,7 @@ import ipaddress
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from vhostctl.errors import kernel_error
@@ -46,7 +47,9 @@ def _find(name: str) -> int | None:
 
 def exists(name: str) -> bool:
     """Return whether the calling thread's namespace has a link called `name`."""
-    return _find(name) is not None
+    # A line a link: the answer of netlink has everything about each, and grows slow with them.
+    lines = Path("/proc/thread-self/net/dev").read_text(encoding="utf-8").splitlines()
+    return name in {line.partition(":")[0].strip() for line in lines[2:]}
 
 
 class Links(Closing):

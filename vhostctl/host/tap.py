@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 from typing import Self
 
 from vhostctl.abi import tun
 from vhostctl.abi.ioctl import Request
-from vhostctl.errors import InvalidArgument
+from vhostctl.errors import InvalidArgument, KernelError
 from vhostctl.host import links
 from vhostctl.host.closing import Closing
 from vhostctl.host.ioctl import call
@@ -17,6 +18,17 @@ TUN_PATH = "/dev/net/tun"
 MAX_QUEUES = 256  # MAX_TAP_QUEUES of drivers/net/tun.c
 UNLIMITED = 2**31 - 1
 """A send buffer of this size lets vhost-net hand the tun driver whole batches."""
+
+# In this order each stands on those before it: set_offload() of drivers/net/tun.c looks at
+# nothing without TUN_F_CSUM, at ECN only with TSO, and at USO only for both versions of IP.
+_OFFLOADS = (
+    tun.TUN_F_CSUM,
+    tun.TUN_F_TSO4,
+    tun.TUN_F_TSO6,
+    tun.TUN_F_TSO_ECN,
+    tun.TUN_F_UFO,
+    tun.TUN_F_USO4 | tun.TUN_F_USO6,
+)
 
 
 class TapQueue(DeviceNode):
@@ -54,8 +66,68 @@ class TapQueue(DeviceNode):
         call(self, tun.TUNSETSNDBUF, ctypes.c_int(size))
 
     def set_offload(self, flags: int) -> None:
-        """TUNSETOFFLOAD: TUN_F_* that frames towards the guest may rely on."""
+        """TUNSETOFFLOAD: TUN_F_* that frames towards the guest may rely on, on every queue.
+
+        KernelError (EINVAL) if a flag is unknown, or lacks another one that it needs.
+        """
         call(self, tun.TUNSETOFFLOAD, flags)
+
+    def offloads(self) -> int:
+        """Return the TUN_F_* that TUNSETOFFLOAD takes here, found by trying; none is left set.
+
+        The flags are the whole tap's: try before the link is up, for what arrives meanwhile
+        is queued as the flags of that moment allow. UDP tunnels are left out, for their
+        frames have a longer header.
+        """
+        taken = 0
+        try:
+            for flags in _OFFLOADS:
+                try:
+                    self.set_offload(taken | flags)
+                except KernelError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                else:
+                    taken |= flags
+        finally:
+            self.set_offload(0)
+        return taken
+
+    def set_vnet_le(self, little: bool) -> None:
+        """TUNSETVNETLE: the header is little-endian, as VERSION_1 wants it, or the host's order."""
+        call(self, tun.TUNSETVNETLE, ctypes.c_int(little))
+
+    def flags(self) -> int:
+        """TUNGETIFF: the tap's IFF_*, with IFF_DETACH_QUEUE if this queue is disabled."""
+        request = tun.ifreq()
+        call(self, tun.TUNGETIFF, request)
+        return int(request.ifr_flags)
+
+    def enable(self) -> None:
+        """TUNSETQUEUE, IFF_ATTACH_QUEUE: take part again after `disable`.
+
+        KernelError (EINVAL) if the queue is enabled.
+        """
+        call(self, tun.TUNSETQUEUE, tun.ifreq(ifr_flags=tun.IFF_ATTACH_QUEUE))
+
+    def disable(self) -> None:
+        """TUNSETQUEUE, IFF_DETACH_QUEUE: carry nothing; what is queued is dropped.
+
+        KernelError (EINVAL) if the tap has a single queue, or this one is disabled.
+        """
+        call(self, tun.TUNSETQUEUE, tun.ifreq(ifr_flags=tun.IFF_DETACH_QUEUE))
+
+    def set_steering(self, program_fd: int | None) -> None:
+        """TUNSETSTEERINGEBPF: let a program choose the queue of each frame; None removes it.
+
+        `program_fd` is a loaded BPF_PROG_TYPE_SOCKET_FILTER, whose result modulo the number of
+        enabled queues is the queue. The tap keeps it; the descriptor stays the caller's.
+        """
+        call(self, tun.TUNSETSTEERINGEBPF, ctypes.c_int(-1 if program_fd is None else program_fd))
+
+    def set_persist(self, persist: bool) -> None:
+        """TUNSETPERSIST: keep the tap when its last queue is closed."""
+        call(self, tun.TUNSETPERSIST, int(persist))
 
 
 class Tap(Closing):
