@@ -54,11 +54,14 @@ _FAULTS = {
     lib.RING_FAULT_PARTIAL_BUFFER: "a merged buffer before the last is not full",
 }
 
-# Bits that make of the ring or the header something that is not driven here.
+# Bits that make of the ring or the header something that is not driven here, or promise
+# more of a header than is known here.
 _NOT_DRIVEN = (
     virtio.VIRTIO_F_RING_PACKED,
     virtio.VIRTIO_F_IN_ORDER,
     virtio.VIRTIO_NET_F_HASH_REPORT,
+    virtio.VIRTIO_NET_F_GUEST_HDRLEN,
+    virtio.VIRTIO_NET_F_RSC_EXT,
     virtio.VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO,
     virtio.VIRTIO_NET_F_HOST_UDP_TUNNEL_GSO,
 )
@@ -200,8 +203,10 @@ class QueuePair:
     Synchronisation: one thread may receive while another sends; `stats()` is for any.
     """
 
-    def __init__(self, index: int, rx: NetQueue, tx: NetQueue) -> None:
+    def __init__(self, index: int, rx: NetQueue, tx: NetQueue, features: int) -> None:
         self.index = index
+        self.features = features
+        """The acknowledged bits."""
         self.rx = rx
         self.tx = tx
         self._stage = ffi.new("uint8_t[]", _BATCH * 2048 + rx.limit)
@@ -236,7 +241,9 @@ class QueuePair:
         """Return up to `limit` frames that have come, without vnet headers; does not wait.
 
         Their buffers go back to the device. Frames that are empty or too long are dropped
-        and counted. Raises RingError; frames that came before a fault are returned first.
+        and counted. With GUEST_CSUM a checksum, and with GUEST_TSO4 and the like the cut into
+        segments, may be left to the guest: nothing tells of it here (see `Patch`). Raises
+        RingError; frames that came before a fault are returned first.
         """
         frames: list[bytes] = []
         with self.rx.claim() as rx:
@@ -317,18 +324,19 @@ class NetDriver(Closing):
 
         `features` are the acknowledged bits; `arena` is (gpa, bytes) for buffers and
         indirect tables, see `arena_size`. `buffer_size` and `max_frame` are bytes, the
-        latter without a VLAN tag. Raises InvalidArgument, and what ``memory.hva`` raises.
+        latter without a VLAN tag: 65549 where GSO packets are to pass. Raises
+        InvalidArgument, and what ``memory.hva`` raises.
         """
         settings = _Settings(features, buffer_size, max_frame)
         self._next = -(-arena[0] // _ALIGN) * _ALIGN
         self._end = arena[0] + arena[1]
         made: list[QueuePair] = []
         for index, (rx, tx) in enumerate(pairs):
-            queues = [
+            receive, transmit = (
                 self._make(f"{name} queue of pair {index}", memory, place, settings, name == "rx")
                 for name, place in (("rx", rx), ("tx", tx))
-            ]
-            made.append(QueuePair(index, *queues))
+            )
+            made.append(QueuePair(index, receive, transmit, features))
         self.pairs = tuple(made)
 
     def _make(

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vhostctl.abi import virtio
 from vhostctl.errors import InvalidArgument, kernel_error
 from vhostctl.guest.driver import NetQueue, QueuePair, check, native, own
 from vhostctl.host.closing import Closing
@@ -116,6 +117,9 @@ class Forwarder(Loop):
     bytes (linux/virtio_net.h): a packet socket with PACKET_VNET_HDR, a tap with IFF_VNET_HDR.
     Only with it can a checksum that the sender left to the device be told and completed, and
     a packet longer than its link's MTU be told from a frame; such packets are dropped.
+
+    Raises InvalidArgument for a pair that may be handed such packets, or frames without a
+    checksum (GUEST_CSUM and the bits that need it): a header of the queue's is not passed on.
     """
 
     def __init__(self, pair: QueuePair, fd: int, *, vnet_hdr: bool = False) -> None:
@@ -126,6 +130,11 @@ class Forwarder(Loop):
             raise kernel_error(error.errno or 0, "fstat", f"descriptor {fd}") from error
         if blocking and not socket:
             raise InvalidArgument(f"descriptor {fd} is blocking", hint="set O_NONBLOCK on it")
+        if pair.features >> virtio.VIRTIO_NET_F_GUEST_CSUM & 1:
+            raise InvalidArgument(
+                f"a forwarder of pair {pair.index} with VIRTIO_NET_F_GUEST_CSUM",
+                hint="leave it and the GUEST_ bits that need it out of the acknowledged features",
+            )
         with pair.rx.claim() as rx, pair.tx.claim() as tx:
             super().__init__(f"forwarder of pair {pair.index}")
             made = lib.forward_create(rx, tx, self._stop.fileno(), fd, socket, vnet_hdr)

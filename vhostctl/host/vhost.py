@@ -60,7 +60,7 @@ class OwnedChannel(Channel, Protocol):
         """Return its descriptor and give up its ownership."""
         ...
 
-    def settle(self, queue: int) -> int:
+    def settle(self, queue: int, /) -> int:
         """Let a ring read no more frames; return how many it has and has not delivered."""
         ...
 
@@ -72,7 +72,7 @@ class OwnedChannel(Channel, Protocol):
 class _Node(DeviceNode):
     """A vhost-net in the kernel."""
 
-    def settle(self, queue: int) -> int:  # noqa: ARG002
+    def settle(self, _queue: int) -> int:
         """Return 0: when a ring is stopped, what it has read ahead goes back to the tap."""
         return 0
 

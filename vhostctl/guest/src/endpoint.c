@@ -267,7 +267,7 @@ static void take(struct endpoint *ep, const struct net_frame *f)
 	    (ep->frame[0] & 1 || !memcmp(ep->frame, ep->config.mac, INET_MAC)))
 		known = inet_read16(ep->frame + 2 * INET_MAC) == ETHERTYPE_ARP ?
 				take_arp(ep, len) :
-				take_ip(ep, len, f->flags);
+				take_ip(ep, len, f->header.flags);
 	if (!known)
 		counter_add(&ep->count.ignored, 1);
 }

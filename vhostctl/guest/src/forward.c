@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "forward.h"
 
+#include "inet.h"
+
 #include <errno.h>
 #include <linux/virtio_net.h>
 #include <stdlib.h>
@@ -150,39 +152,6 @@ static int read_frames(struct forward *f, uint32_t limit)
 	return (int)n;
 }
 
-/* RFC 1071, over native 16-bit words: correct in any byte order. */
-static uint16_t checksum(const uint8_t *data, uint32_t len)
-{
-	uint32_t total = 0;
-	uint16_t word;
-
-	for (; len >= sizeof(word); len -= sizeof(word), data += sizeof(word)) {
-		memcpy(&word, data, sizeof(word));
-		total += word;
-	}
-	if (len)
-		total += *data;
-	while (total >> 16)
-		total = (total & 0xffff) + (total >> 16);
-	return (uint16_t)~total;
-}
-
-/* Sum up what the sender left, its sum of the pseudo header included; false: out of bounds. */
-static bool complete(uint8_t *frame, uint32_t len, const struct virtio_net_hdr *h)
-{
-	uint32_t at = (uint32_t)h->csum_start + h->csum_offset;
-	uint16_t sum;
-
-	if (at + sizeof(sum) > len)
-		return false;
-	sum = checksum(frame + h->csum_start, len - h->csum_start);
-	/* UDP says "none" with 0; for the others both zeros mean the same. */
-	if (!sum)
-		sum = 0xffff;
-	memcpy(frame + at, &sum, sizeof(sum));
-	return true;
-}
-
 /* Make what was read, header and frame, fit for the queue; false: it cannot be. */
 static bool unwrap(const struct forward *f, uint8_t *data, uint32_t len)
 {
@@ -196,7 +165,7 @@ static bool unwrap(const struct forward *f, uint8_t *data, uint32_t len)
 	if (h.gso_type != VIRTIO_NET_HDR_GSO_NONE)
 		return false;
 	return !(h.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) ||
-	       complete(data + f->header, len - f->header, &h);
+	       inet_complete(data + f->header, len - f->header, h.csum_start, h.csum_offset);
 }
 
 /* What a failed read means for the loop: 0 to go on, or -errno. */

@@ -8,6 +8,9 @@
 #define HOP_LIMIT 64u
 #define MORE_FRAGMENTS_OR_OFFSET 0x3fffu
 
+/* UDP says "none" with 0; for the others both zeros mean the same. */
+#define NEGATIVE_ZERO 0xffffu
+
 /* One's complement sum of native 16-bit words (RFC 1071): correct in any byte order. */
 static uint64_t sum(const uint8_t *data, size_t len, uint64_t total)
 {
@@ -114,6 +117,21 @@ uint16_t inet_checksum(const struct inet_packet *p)
 	return fold(sum(p->payload, p->payload_len, total));
 }
 
+/*
+ * Sum up from `start` on what the sender left to the device, its sum of the pseudo header
+ * included, and put the result `offset` bytes further on. False: it would lie beyond the frame.
+ */
+bool inet_complete(uint8_t *frame, uint32_t len, uint32_t start, uint32_t offset)
+{
+	uint16_t checksum;
+
+	if (start + offset + sizeof(checksum) > len)
+		return false;
+	checksum = fold(sum(frame + start, len - start, 0));
+	store(frame + start + offset, checksum ? checksum : NEGATIVE_ZERO);
+	return true;
+}
+
 /* Put the right checksum at `offset` of the payload. */
 void inet_store_checksum(const struct inet_packet *p, uint32_t offset)
 {
@@ -121,8 +139,7 @@ void inet_store_checksum(const struct inet_packet *p, uint32_t offset)
 
 	store(p->payload + offset, 0);
 	checksum = inet_checksum(p);
-	/* UDP says "none" with 0; for the others both zeros mean the same. */
-	store(p->payload + offset, checksum ? checksum : 0xffff);
+	store(p->payload + offset, checksum ? checksum : NEGATIVE_ZERO);
 }
 
 /* Write the parts of the IP header that follow from the payload's length. */

@@ -49,6 +49,7 @@ static inline void inet_write16(uint8_t *at, uint32_t value)
 bool inet_parse(struct inet_packet *p, uint8_t *frame, uint32_t len);
 const uint8_t *inet_target(const struct inet_packet *p);
 uint16_t inet_checksum(const struct inet_packet *p);
+bool inet_complete(uint8_t *frame, uint32_t len, uint32_t start, uint32_t offset);
 void inet_store_checksum(const struct inet_packet *p, uint32_t offset);
 void inet_turn(const struct inet_packet *p, const uint8_t *mac, const uint8_t *address);
 uint32_t inet_udp(uint8_t *frame, const struct inet_flow *flow, uint8_t version,

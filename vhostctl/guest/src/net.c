@@ -3,7 +3,6 @@
 
 #include <errno.h>
 #include <linux/virtio_config.h>
-#include <linux/virtio_net.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -49,6 +48,7 @@ struct net_queue *net_queue_create(const struct net_queue_config *c)
 
 	if (!q)
 		return NULL;
+	q->features = c->features;
 	net_shape(&q->shape, c->features, c->buffer_size, c->max_frame, c->receive);
 	const struct ring_config ring = {
 		.desc = c->desc,
@@ -152,6 +152,57 @@ bool net_put(struct net_queue *q, const void *frame, uint32_t len)
 	return len <= q->shape.single ? put(q, frame, len, len, 1) : put_long(q, frame, len);
 }
 
+/* Where in the segments of a frame a copy stands. */
+struct cursor {
+	const struct iovec *iov;
+	size_t done;			/* bytes of the first one */
+};
+
+static void copy(uint8_t *to, struct cursor *from, size_t len)
+{
+	while (len) {
+		size_t n = from->iov->iov_len - from->done;
+
+		if (n > len)
+			n = len;
+		memcpy(to, (const uint8_t *)from->iov->iov_base + from->done, n);
+		to += n;
+		len -= n;
+		from->done += n;
+		if (from->done == from->iov->iov_len)
+			*from = (struct cursor){.iov = from->iov + 1};
+	}
+}
+
+/* Queue a received frame of 1 to shape.limit bytes behind `h`, as net_put() does. */
+bool net_put_received(struct net_queue *q, const struct net_frame *f,
+		      const struct virtio_net_hdr *h)
+{
+	const struct net_shape *s = &q->shape;
+	const uint32_t size = q->ring.buffer_size;
+	uint32_t n = f->len < s->single ? f->len : s->single;
+	uint32_t total = 1 + div_up(f->len - n, size);
+	struct cursor from = {.iov = f->iov};
+	struct ring_chain c;
+	uint8_t *to;
+
+	if (!ring_room(&q->ring, total))
+		return false;
+	ring_chain_begin(&q->ring, &c, total, 0);
+	to = ring_chain_add(&q->ring, &c, s->header + n);
+	memset(to, 0, sizeof(struct virtio_net_hdr_mrg_rxbuf));
+	memcpy(to, h, sizeof(*h));
+	copy(to + s->header, &from, n);
+	for (uint32_t left = f->len - n; left; left -= n) {
+		n = left < size ? left : size;
+		copy(ring_chain_add(&q->ring, &c, n), &from, n);
+	}
+	ring_chain_end(&q->ring, &c);
+	counter_add(&q->frames, 1);
+	counter_add(&q->bytes, f->len);
+	return true;
+}
+
 static void add_segment(struct net_queue *q, struct net_frame *f, uint8_t *at, uint32_t len)
 {
 	q->iov[q->iov_count++] = (struct iovec){.iov_base = at, .iov_len = len};
@@ -203,30 +254,33 @@ static __attribute__((noinline)) int add_merged(struct net_queue *q, struct net_
 /* Take one frame from `pending` used entries; returns 0 or -EPROTO. */
 static int take_frame(struct net_queue *q, struct net_frame *f, uint32_t pending)
 {
-	const struct virtio_net_hdr_mrg_rxbuf *header;
-	uint32_t len, buffers;
+	uint32_t len, end, buffers;
+	uint64_t begin;
+	uint8_t *header;
 	int head = ring_take(&q->ring, &len);
 
 	if (head < 0)
 		return head;
 	if (len < q->shape.header)
 		return ring_fail(&q->ring, RING_FAULT_SHORT_FRAME);
-	header = (const void *)ring_buffer(&q->ring, (uint16_t)head, 0);
-	*f = (struct net_frame){
-		.iov = q->iov + q->iov_count,
-		.flags = __atomic_load_n(&header->hdr.flags, __ATOMIC_RELAXED),
-	};
+	/* Read once: the device can change it while it is looked at. A shorter one is read over. */
+	header = ring_buffer(&q->ring, (uint16_t)head, 0);
+	begin = __atomic_load_n((const uint64_t *)header, __ATOMIC_RELAXED);
+	end = __atomic_load_n((const uint32_t *)(header + sizeof(begin)), __ATOMIC_RELAXED);
+	f->iov = q->iov + q->iov_count;
+	f->count = f->len = 0;
+	memcpy(&f->header, &begin, sizeof(begin));
+	f->header.csum_offset = (uint16_t)end;
 	if (!q->shape.mergeable) {
 		add_chain(q, f, (uint16_t)head, len);
 		return 0;
 	}
 	/* All buffers of a frame become used together (5.1.6.4.2). */
-	buffers = __atomic_load_n(&header->num_buffers, __ATOMIC_RELAXED);
+	buffers = end >> 16;
 	if (!buffers || buffers > pending)
 		return ring_fail(&q->ring, RING_FAULT_NUM_BUFFERS);
 	if (len > q->shape.header)
-		add_segment(q, f, (uint8_t *)(uintptr_t)header + q->shape.header,
-			    len - q->shape.header);
+		add_segment(q, f, header + q->shape.header, len - q->shape.header);
 	return buffers == 1 ? 0 : add_merged(q, f, len, buffers - 1);
 }
 

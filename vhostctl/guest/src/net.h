@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * virtio-net queues (virtio 1.2, section 5.1.6) over a driver ring: whole Ethernet frames in and
- * out, each behind a vnet header that is written as zero and, on receipt, checked and skipped.
+ * out, each behind a vnet header. A received one is kept beside its frame and means nothing until
+ * it was checked; a frame that is sent has one that is zero, or the one that comes with it.
  */
 #ifndef VHOSTCTL_GUEST_NET_H
 #define VHOSTCTL_GUEST_NET_H
 
 #include "vring.h"
 
+#include <linux/virtio_net.h>
 #include <sys/uio.h>
 
 /* How frames of one direction are cut into buffers. */
@@ -44,6 +46,7 @@ struct net_stats {
 struct net_queue {
 	struct driver_ring ring;
 	struct net_shape shape;
+	uint64_t features;
 	struct iovec *iov;		/* of the frames taken since the last refill */
 	uint32_t iov_count;
 	uint64_t frames, bytes, dropped;
@@ -54,7 +57,7 @@ struct net_frame {
 	const struct iovec *iov;
 	uint32_t count;
 	uint32_t len;
-	uint8_t flags;			/* VIRTIO_NET_HDR_F_* */
+	struct virtio_net_hdr header;	/* as the device wrote it */
 };
 
 void net_shape(struct net_shape *s, uint64_t features, uint32_t buffer_size, uint32_t max_frame,
@@ -65,6 +68,8 @@ void net_queue_stats(const struct net_queue *q, struct net_stats *s);
 
 int net_reclaim(struct net_queue *q);
 bool net_put(struct net_queue *q, const void *frame, uint32_t len);
+bool net_put_received(struct net_queue *q, const struct net_frame *f,
+		      const struct virtio_net_hdr *h);
 int net_next(struct net_queue *q, struct net_frame *f);
 uint32_t net_copy(const struct net_frame *f, uint8_t *to);
 int net_refill(struct net_queue *q);

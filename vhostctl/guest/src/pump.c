@@ -6,9 +6,6 @@
 #include <poll.h>
 #include <unistd.h>
 
-/* A loop that always finds work looks at its stop file once in so many rounds. */
-#define LOOK_EVERY 16u
-
 /* How long a frame may wait for others before it is received, where they come one by another. */
 #define FLOW_US 200
 
@@ -83,7 +80,7 @@ int pump_wait(struct pump *p, unsigned int want, int64_t timeout_us)
 
 	if (arm(p, want))
 		timeout_us = 0;
-	if (timeout_us || ++p->busy % LOOK_EVERY == 0)
+	if (timeout_us || ++p->busy % PUMP_LOOK_EVERY == 0)
 		err = look(p, want, timeout_us);
 	disarm(p);
 	return err;

@@ -12,6 +12,9 @@
 /* Longest sleep: a signal that came just before it is looked at after no longer than this. */
 #define PUMP_SLICE_US 1000000
 
+/* A loop that always finds work looks at its stop file once in so many rounds. */
+#define PUMP_LOOK_EVERY 16u
+
 enum pump_want {
 	PUMP_RX = 1,		/* a used entry of the receive queue */
 	PUMP_TX = 2,		/* a good part of the transmit queue used */

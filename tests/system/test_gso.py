@@ -1,0 +1,165 @@
+"""Two hosts joined by our driver over two vhost devices: packets of 60 kB pass whole.
+
+VHOSTCTL_TEST_GSO_MIB is how much the long transfer sends each way, in MiB.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+
+from tests.support.guest_device import EVENT_IDX, INDIRECT, MRG_RXBUF, VERSION_1
+from tests.support.guest_offload import (
+    CSUM,
+    GUEST,
+    GUEST_CSUM,
+    GUEST_ECN,
+    GUEST_TSO4,
+    GUEST_TSO6,
+    GUEST_USO4,
+    GUEST_USO6,
+    HOST,
+    HOST_ECN,
+    HOST_TSO4,
+    HOST_TSO6,
+    HOST_USO,
+)
+from tests.support.netns_tcp import FAMILIES, Family, Host, attached, tcp, udp
+from vhostctl.control.features import negotiate, tap_features
+from vhostctl.guest.driver import QueuePair
+from vhostctl.guest.patch import LaneStats, Patch
+from vhostctl.host.vhost import ENGINE
+from vhostctl.jobs.running import Running
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+KINDS = {
+    "csum": CSUM | GUEST_CSUM,
+    "tso4": HOST_TSO4 | GUEST_TSO4,
+    "tso6": HOST_TSO6 | GUEST_TSO6,
+    "ecn": HOST_ECN | GUEST_ECN,
+    "uso": HOST_USO | GUEST_USO4 | GUEST_USO6,
+}
+ALL = sum(KINDS.values())
+GSO = GUEST_TSO4 | GUEST_TSO6 | GUEST_USO4 | GUEST_USO6
+SMALL = 1 << 20
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Two hosts, the driver's queues on the tap of each, and a running patch between them."""
+
+    hosts: tuple[Host, Host]
+    pairs: tuple[QueuePair, QueuePair]
+    patch: Patch
+
+    @property
+    def lanes(self) -> tuple[LaneStats, LaneStats]:
+        stats = self.patch.stats()
+        return stats.forth, stats.back
+
+
+@contextmanager
+def joined(
+    device: str, first: int = ALL, second: int = ALL, *, mtu: int = 1500, **layout: int
+) -> Iterator[Joined]:
+    """Join two hosts whose drivers understand `first` and `second`; nothing is amiss at the end.
+
+    `layout` is what `attached` takes.
+    """
+    with ExitStack() as stack:
+        one, two = hosts = tuple(stack.enter_context(Host(number, mtu)) for number in (1, 2))
+        pairs = (
+            stack.enter_context(attached(device, one, first, **layout)),
+            stack.enter_context(attached(device, two, second, **layout)),
+        )
+        made = Joined((one, two), pairs, stack.enter_context(Patch(*pairs)))
+        for host in hosts:
+            host.up()
+        # Not before: what reaches a link that is down is dropped there.
+        stack.enter_context(Running(made.patch, "patch"))
+        yield made
+        assert [host.faults() for host in hosts] == [{}, {}]
+        for pair, lane in zip(pairs, made.lanes, strict=True):
+            stats = pair.stats()
+            assert (stats.rx_errors, stats.tx_errors) == (0, 0)
+            assert (lane.malformed, lane.refused) == (0, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("mtu", [1500, 9000])
+def test_tcp_passes_in_packets_of_60_kb_both_ways(device: str, mtu: int, family: Family) -> None:
+    default = 64 if device == ENGINE else 16
+    size = int(os.environ.get("VHOSTCTL_TEST_GSO_MIB", default)) << 20
+    with joined(device, mtu=mtu) as link:
+        tcp(*link.hosts, family, size)
+        for lane in link.lanes:
+            print(lane)
+            assert lane.greatest > 60000
+            assert lane.bytes > size
+            # Nearly all of it went in long packets: acknowledgements are what is left.
+            assert lane.gso * 20000 < lane.bytes
+            assert lane.completed == 0
+
+
+@pytest.mark.parametrize("buffer_size", [4096, 65600])
+@pytest.mark.parametrize(
+    "rings",
+    [
+        pytest.param(VERSION_1 | MRG_RXBUF | EVENT_IDX, id="mergeable"),
+        pytest.param(VERSION_1 | INDIRECT | EVENT_IDX, id="indirect"),
+        pytest.param(VERSION_1 | EVENT_IDX, id="chains"),
+        pytest.param(VERSION_1 | MRG_RXBUF | INDIRECT, id="no event index"),
+    ],
+)
+def test_packets_pass_whatever_the_rings_are(device: str, rings: int, buffer_size: int) -> None:
+    with joined(device, rings=rings, buffer_size=buffer_size) as link:
+        tcp(*link.hosts, FAMILIES[0], 8 * SMALL)
+        assert all(lane.greatest > 60000 for lane in link.lanes)
+
+
+def combinations() -> dict[str, tuple[int, int]]:
+    """What the driver of each side understands: whatever negotiation can give, once."""
+    agreed = {}
+    for chosen in product((False, True), repeat=len(KINDS)):
+        driver = sum(kind for kind, on in zip(KINDS.values(), chosen, strict=True) if on)
+        result = negotiate(driver=driver | VERSION_1, device=VERSION_1, tap=tap_features(0x7F))
+        bits = result.features & ALL
+        agreed["+".join(name for name, kind in KINDS.items() if bits & kind) or "none"] = bits
+    return {name: (bits, bits) for name, bits in agreed.items()} | {
+        "csum-none": (GUEST_CSUM, 0),
+        "none-csum": (0, GUEST_CSUM),
+        "guest-host": (GUEST & ALL, HOST & ALL),
+        "host-none": (HOST & ALL, 0),
+    }
+
+
+COMBINATIONS = combinations()
+
+
+def test_negotiation_has_fifteen_outcomes() -> None:
+    assert len(COMBINATIONS) == 15 + 4
+    assert COMBINATIONS["none"] == (0, 0)
+    assert COMBINATIONS["csum+tso4+tso6+ecn+uso"] == (ALL, ALL)
+
+
+@pytest.mark.parametrize(("first", "second"), COMBINATIONS.values(), ids=COMBINATIONS.keys())
+def test_everything_arrives_whole_whatever_was_negotiated(
+    device: str, first: int, second: int
+) -> None:
+    with joined(device, first, second) as link:
+        # Less than was understood, where the kernel does not know USO.
+        agreed = [queues.features for queues in link.pairs]
+        for family in FAMILIES:
+            tcp(*link.hosts, family, SMALL)
+            udp(*link.hosts, family, segments=False)
+            if agreed[0] & agreed[1] & GUEST_CSUM:
+                udp(*link.hosts, family, segments=True)
+        for lane, source, target in zip(link.lanes, agreed, reversed(agreed), strict=True):
+            assert bool(lane.gso) == bool(source & GSO)
+            assert bool(lane.completed) == bool(source & GUEST_CSUM and not target & CSUM)
