@@ -40,12 +40,13 @@ setup(
         "cffi>=1.16",
         "click>=8.1",
         "ioctl-opt>=1.3",
+        "msgspec>=0.18",
         "pyroute2>=0.9",
         "rich>=13",
     ],
     extras_require={
         "lab": ["virtme-ng>=1.40"],
-        "test": ["hypothesis>=6", "mypy>=1.11", "pytest>=8", "ruff>=0.8"],
+        "test": ["hypothesis>=6", "mypy>=1.11", "pytest>=8", "pytest-xdist>=3", "ruff>=0.8"],
     },
     entry_points={"console_scripts": ["vhostctl=vhostctl.cli.main:main"]},
 )

@@ -26,6 +26,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the vhost-net that system and conformance tests use: a node, or engine",
     )
 
+    parser.addoption(
+        "--seconds",
+        metavar="N",
+        type=float,
+        default=2.0,
+        help="how long each load test keeps its load up (make load: 60)",
+    )
+
+
+@pytest.fixture(scope="session")
+def seconds(request: pytest.FixtureRequest) -> float:
+    """What `--seconds` says."""
+    return float(request.config.getoption("--seconds"))
+
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
@@ -35,6 +49,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "vm: boots a virtual machine")
+    config.addinivalue_line("markers", "soak: for `make test-all`: long, or fails now and then")
     # A shell's background job ignores ctrl-C, and so would the programs that are tested.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -104,7 +104,7 @@ class Lossy:
 
 
 def test_a_lost_datagram_is_seen(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vhostctl.jobs.selftest.PATIENCE", 2)
+    monkeypatch.setattr("vhostctl.jobs.traffic.PATIENCE", 2)
     honest = HostSockets.sender
     monkeypatch.setattr(
         HostSockets, "sender", lambda *args: Lossy(honest(*args)) if args[1] == 4 else honest(*args)

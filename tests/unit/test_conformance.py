@@ -67,7 +67,7 @@ class Channel:
     def fileno(self) -> int:
         raise OSError
 
-    def settle(self, queue: int) -> int:
+    def settle(self, _queue: int) -> int:
         raise OSError
 
     def detach(self) -> int:

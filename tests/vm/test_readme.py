@@ -11,9 +11,13 @@ import pytest
 from tests.vm.conftest import ROOT, fetched, run, search_path
 from vhostctl.lab.vm import Machine
 
+# Its commands depend on their order.
+pytestmark = pytest.mark.xdist_group("readme")
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^\$ (.+)$", README, re.MULTILINE)
 ON_THE_HOST = [c for c in COMMANDS if c.startswith(("vhostctl lab", "vhostctl kmod build"))]
+EXAMPLES = ["examples/wire.py", "examples/change.py"]
 MAKE = [command for command in COMMANDS if command.startswith("make ")]
 IN_A_VM = [command for command in COMMANDS if command not in (*ON_THE_HOST, *MAKE)]
 
@@ -25,16 +29,18 @@ def bounded(command: str) -> str:
     return f"mkfifo said; exec 9<>said; {command} >&9 & read -r line <&9; kill $!; wait $!"
 
 
-def test_the_snippet_is_the_example_that_is_run() -> None:
-    snippet = re.search(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert snippet is not None
-    assert snippet[1] in (ROOT / "examples/wire.py").read_text(encoding="utf-8")
+def test_the_snippets_are_the_examples_that_are_run() -> None:
+    snippets = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert len(snippets) == len(EXAMPLES)
+    for snippet, example in zip(snippets, EXAMPLES, strict=True):
+        assert snippet in (ROOT / example).read_text(encoding="utf-8")
 
 
 @pytest.mark.vm
 def test_the_commands_that_need_a_device() -> None:
     assert len(IN_A_VM) >= 4
-    lines = [bounded(command) for command in (*IN_A_VM, "python examples/wire.py")]
+    examples = [f"python {example}" for example in EXAMPLES]
+    lines = [bounded(command) for command in (*IN_A_VM, *examples)]
     outcome = run(Machine(fetched("6.1")), ["sh", "-exc", "\n".join(lines)], 600)
     print(outcome)
     assert outcome.status == 0

@@ -12,7 +12,7 @@ import click
 from vhostctl.cli.exitcodes import ExitCode, exit_code
 from vhostctl.errors import VhostctlError, kernel_error
 
-_COMMANDS = ("bench", "conformance", "kmod", "lab", "probe", "run", "selftest", "up")
+_COMMANDS = ("bench", "conformance", "kmod", "lab", "migrate", "probe", "run", "selftest", "up")
 
 
 class _Refused(click.ClickException):

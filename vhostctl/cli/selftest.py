@@ -10,6 +10,7 @@ from vhostctl.cli import options, render
 from vhostctl.control.features import Policy
 from vhostctl.control.wiring import SessionConfig
 from vhostctl.jobs import selftest as job
+from vhostctl.jobs.hosttraffic import Tally
 from vhostctl.jobs.selftest import SelftestReport
 
 
@@ -53,9 +54,7 @@ def selftest(
     with render.progress("datagrams", 2 * frames) as progress:
         report = job.selftest(config, frames, progress)
     if as_json:
-        data = dataclasses.asdict(report)
-        for name, tally in (("to_guest", report.to_guest), ("to_host", report.to_host)):
-            data[name]["lost"] = tally.lost
+        data = dataclasses.asdict(report) | tallies_data(report.to_guest, report.to_host)
         render.json_document("selftest/1", data)
     else:
         render.table(_rows(report), title=f"{report.device} on Linux {report.kernel}")
@@ -80,9 +79,22 @@ def _rows(report: SelftestReport) -> list[tuple[str, str]]:
         ("resolved", f"{report.arp} ARP, {report.neighbour} neighbour solicitations answered"),
         ("pings", f"{report.pings} answered"),
     ]
-    for name, tally in (("host to guest", report.to_guest), ("guest to host", report.to_host)):
-        came = f"{tally.frames} datagrams, {tally.bytes} bytes"
-        rows.append((name, f"{came}, {tally.lost} lost, {tally.changed} changed"))
+    rows += tallies_rows(report.to_guest, report.to_host)
     rows.append(("kicks, calls", f"{report.kicks}, {report.calls}"))
     rows.append(("result", "; ".join(report.problems) or "every frame accounted for"))
     return rows
+
+
+def tallies_data(to_guest: Tally, to_host: Tally) -> dict[str, object]:
+    """Return both tallies as a document has them."""
+    named = {"to_guest": to_guest, "to_host": to_host}
+    return {name: dataclasses.asdict(t) | {"lost": t.lost} for name, t in named.items()}
+
+
+def tallies_rows(to_guest: Tally, to_host: Tally) -> list[tuple[str, str]]:
+    """Return both tallies as a table has them."""
+    named = {"host to guest": to_guest, "guest to host": to_host}
+    return [
+        (name, f"{t.frames} datagrams, {t.bytes} bytes, {t.lost} lost, {t.changed} changed")
+        for name, t in named.items()
+    ]

@@ -1,125 +1,156 @@
-"""The order of things: what QEMU does for a vhost-net device, as a list of steps."""
+"""The order of things: what QEMU does for a vhost-net device, as lists of steps.
+
+One function for each call of a session; they are made before anything is opened, so that
+they can be printed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from vhostctl.control.pair import RINGS
 from vhostctl.control.plan import Step
 from vhostctl.control.wiring import Wiring
-from vhostctl.errors import KernelError
-from vhostctl.host.vhost import RX, TX
-
-RINGS = {RX: "receive", TX: "transmit"}
 
 
-def prepare_steps(wiring: Wiring) -> Iterator[Step]:
-    """Yield what leads from nothing to a device that knows its memory and features.
+def open_steps(wiring: Wiring) -> Iterator[Step]:
+    """Yield what opens and places everything.
 
     Memory comes before the device, so that the device is closed before memory is
     unmapped: its worker reads memory until then.
     """
     config = wiring.config
-    if wiring.memory is None:
+    if wiring.handed.memory is None:
         size = f"{config.memory_size >> 20} MiB"
         yield Step("map guest memory", "", size, wiring.map_memory, wiring.unmap_memory)
     rings = f"{2 * config.queues} rings of {config.queue_size}"
     yield Step("place rings", "", rings, wiring.place, wiring.unplace)
-    if wiring.tap is None:
+    if wiring.handed.tap is None:
         queues = f"{config.queues} queue{'s' * (config.queues > 1)}, vnet_hdr"
         yield Step("TUNSETIFF", config.tap, queues, wiring.attach_tap, wiring.detach_tap)
-    ours = not wiring.vhost
-    for pair in range(config.queues):
+    if not wiring.handed.vhost:
+        for pair in range(config.queues):
+            opens, closes = partial(wiring.open_vhost, pair), partial(wiring.close_vhost, pair)
+            yield Step("open", config.device, f"pair {pair}", opens, closes)
+    if config.translating:
+        yield Step("answer IOTLB misses", "", "", wiring.translate, wiring.end_translation)
+
+
+def own_steps(wiring: Wiring) -> Iterator[Step]:
+    """Yield what makes this process the owner, whose memory the workers use."""
+    worker = wiring.config.worker
+    for pair in range(wiring.config.queues):
         name = f"pair {pair}"
-        if ours:
-            yield Step(
-                "open", config.device, name, wiring.open_vhost, partial(wiring.close_vhost, pair)
-            )
-        yield Step("VHOST_SET_OWNER", name, "", partial(_set_owner, wiring, pair))
+        if worker is not None:
+            choose = partial(wiring.choose_worker, pair)
+            yield Step("VHOST_SET_FORK_FROM_OWNER", name, worker, choose)
+        yield Step("VHOST_SET_OWNER", name, "", partial(_own, wiring, pair))
+
+
+def negotiate_steps(wiring: Wiring) -> Iterator[Step]:
+    """Yield what settles the features and tells tap and devices."""
     yield Step("VHOST_GET_FEATURES", "pair 0", "negotiate", wiring.negotiate)
-    for pair in range(config.queues):
+    for pair in range(wiring.config.queues):
         name = f"pair {pair}"
+        if wiring.config.translating:
+            told = partial(wiring.set_backend_features, pair)
+            yield Step("VHOST_SET_BACKEND_FEATURES", name, "IOTLB messages", told)
         yield Step(
-            "TUNSETVNETHDRSZ, TUNSETOFFLOAD, TUNSETSNDBUF",
-            f"{config.tap} queue {pair}",
+            "TUNSETVNETHDRSZ, TUNSETVNETLE, TUNSETOFFLOAD, TUNSETSNDBUF",
+            f"{wiring.config.tap} queue {pair}",
             "as negotiated",
             partial(wiring.configure_tap, pair),
             partial(wiring.restore_tap, pair),
         )
-        yield Step("VHOST_SET_FEATURES", name, "as negotiated", partial(_features, wiring, pair))
-        yield Step("VHOST_SET_MEM_TABLE", name, "", partial(_mem_table, wiring, pair))
+        features = partial(_features, wiring, pair)
+        yield Step("VHOST_SET_FEATURES", name, "as negotiated", features)
 
 
-def start_steps(wiring: Wiring, bases: Sequence[int]) -> Iterator[Step]:
-    """Yield what starts every ring; `bases` holds the avail index of each, pair by pair.
+def map_steps(wiring: Wiring) -> Iterator[Step]:
+    """Yield what tells the devices of guest memory."""
+    yield Step("follow memory", "", "log", wiring.follow_memory, wiring.forget_memory)
+    for pair in range(wiring.config.queues):
+        tell = partial(wiring.set_mem_table, pair)
+        yield Step("VHOST_SET_MEM_TABLE", f"pair {pair}", "", tell)
 
-    The backends come last: from then on the worker touches the rings.
-    """
+
+def ring_steps(wiring: Wiring, bases: Sequence[int]) -> Iterator[Step]:
+    """Yield what sets every ring; `bases` holds the avail index of each, pair by pair."""
     for pair in range(wiring.config.queues):
         for ring, kind in RINGS.items():
-            yield from _ring_steps(wiring, pair, ring, bases[2 * pair + ring], kind)
+            target = f"pair {pair} {kind}"
+            size, base = wiring.config.queue_size, bases[2 * pair + ring]
+            for name, detail, action in (
+                ("NUM", str(size), _num),
+                ("BASE", str(base), partial(_base, base)),
+                ("ADDR", "", _addresses),
+                ("KICK", "eventfd", _kick),
+                ("CALL", "eventfd", _call),
+                ("ERR", "eventfd", _err),
+            ):
+                do = partial(action, wiring, pair, ring)
+                yield Step(f"VHOST_SET_VRING_{name}", target, detail, do)
+            if wiring.busyloop:
+                wait = wiring.busyloop
+                do = partial(_busyloop, wait, wiring, pair, ring)
+                yield Step("VHOST_SET_VRING_BUSYLOOP_TIMEOUT", target, f"{wait} us", do)
+
+
+def start_steps(wiring: Wiring) -> Iterator[Step]:
+    """Yield what attaches the tap to every ring: from then on the workers touch the rings."""
     for pair in range(wiring.config.queues):
         for ring, kind in RINGS.items():
+            target = f"pair {pair} {kind}"
             yield Step(
                 "VHOST_NET_SET_BACKEND",
-                f"pair {pair} {kind}",
+                target,
                 f"{wiring.config.tap} queue {pair}",
                 partial(_attach, wiring, pair, ring),
                 partial(_detach, wiring, pair, ring),
             )
 
 
-def _ring_steps(wiring: Wiring, pair: int, ring: int, base: int, kind: str) -> Iterator[Step]:
-    target = f"pair {pair} {kind}"
-    size = wiring.config.queue_size
-    yield Step("VHOST_SET_VRING_NUM", target, str(size), partial(_num, wiring, pair, ring))
-    yield Step("VHOST_SET_VRING_BASE", target, str(base), partial(_base, wiring, pair, ring, base))
-    yield Step("VHOST_SET_VRING_ADDR", target, "", partial(wiring.set_ring_address, pair, ring))
-    for name, request in (("kick", "KICK"), ("call", "CALL"), ("error", "ERR")):
-        step = partial(_event, wiring, pair, ring, name)
-        yield Step(f"VHOST_SET_VRING_{request}", target, "eventfd", step)
-
-
-def _set_owner(wiring: Wiring, pair: int) -> None:
-    wiring.vhost[pair].set_owner()
+def _own(wiring: Wiring, pair: int) -> None:
+    wiring.pairs[pair].set_owner()
 
 
 def _features(wiring: Wiring, pair: int) -> None:
-    wiring.vhost[pair].set_features(wiring.negotiated.device_features)
-
-
-def _mem_table(wiring: Wiring, pair: int) -> None:
-    wiring.vhost[pair].set_mem_table(wiring.table.regions)
+    wiring.pairs[pair].set_features(wiring.negotiated.device_features)
 
 
 def _num(wiring: Wiring, pair: int, ring: int) -> None:
-    wiring.vhost[pair].set_vring_num(ring, wiring.config.queue_size)
+    wiring.pairs[pair].set_num(ring)
 
 
-def _base(wiring: Wiring, pair: int, ring: int, base: int) -> None:
-    wiring.vhost[pair].set_vring_base(ring, base)
+def _base(base: int, wiring: Wiring, pair: int, ring: int) -> None:
+    wiring.pairs[pair].set_base(ring, base)
 
 
-def _event(wiring: Wiring, pair: int, ring: int, name: str) -> None:
-    device, event = wiring.vhost[pair], wiring.queues[2 * pair + ring].events[name]
-    bind = {
-        "kick": device.set_vring_kick,
-        "call": device.set_vring_call,
-        "error": device.set_vring_err,
-    }
-    bind[name](ring, event.fileno())
+def _addresses(wiring: Wiring, pair: int, ring: int) -> None:
+    wiring.pairs[pair].set_addresses(ring)
+
+
+def _kick(wiring: Wiring, pair: int, ring: int) -> None:
+    wiring.pairs[pair].set_kick(ring)
+
+
+def _call(wiring: Wiring, pair: int, ring: int) -> None:
+    wiring.pairs[pair].set_call(ring)
+
+
+def _err(wiring: Wiring, pair: int, ring: int) -> None:
+    wiring.pairs[pair].set_err(ring)
+
+
+def _busyloop(timeout: int, wiring: Wiring, pair: int, ring: int) -> None:
+    wiring.pairs[pair].set_busyloop(ring, timeout)
 
 
 def _attach(wiring: Wiring, pair: int, ring: int) -> None:
-    wiring.attached.add((pair, ring))
-    try:
-        wiring.vhost[pair].set_backend(ring, wiring.tap_queue(pair).fileno())
-    except KernelError:
-        wiring.attached.discard((pair, ring))
-        raise
+    if wiring.enabled(pair):
+        wiring.pairs[pair].attach(ring, wiring.tap_queue(pair).fileno())
 
 
 def _detach(wiring: Wiring, pair: int, ring: int) -> None:
-    if (pair, ring) in wiring.attached:
-        wiring.attached.discard((pair, ring))
-        wiring.vhost[pair].set_backend(ring, None)
+    wiring.pairs[pair].detach(ring)

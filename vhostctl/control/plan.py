@@ -30,6 +30,8 @@ class Plan:
 
     def __init__(self, steps: Iterable[Step]) -> None:
         self.steps = tuple(steps)
+        self.broken = False
+        """Whether a step could not be taken back: nobody knows what is left of it."""
         self._done: list[Step] = []
 
     def run(self, observe: Observer | None = None) -> None:
@@ -59,6 +61,7 @@ class Plan:
             except BaseException as error:  # noqa: BLE001 -- the steps below must be undone too
                 failure = failure or error
         if failure is not None:
+            self.broken = True
             raise failure
 
     def _undo_after(self, error: BaseException) -> None:

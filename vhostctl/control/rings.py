@@ -1,4 +1,4 @@
-"""Where the rings lie in guest memory."""
+"""Where the rings lie in guest memory, and the eventfds that go with each."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from vhostctl.abi import virtio
 from vhostctl.errors import InvalidArgument
+from vhostctl.host.eventfd import EventFd
 
 MAX_SIZE = 32768
 
@@ -55,3 +56,51 @@ def place_rings(gpa: int, count: int, size: int) -> tuple[list[RingPlacement], i
         gpa = used + virtio.vring_used_size(size, event_idx=True)
         rings.append(RingPlacement(size, desc, avail, used))
     return rings, _align(gpa, 4096)
+
+
+@dataclass(slots=True)
+class VirtQueue:
+    """One ring: guest physical addresses, and the eventfds that go with it by name.
+
+    `events` has ``kick``, ``call`` and ``error``; the last is signalled by the device when it
+    finds the ring malformed. `base` is where both indices start.
+    """
+
+    placement: RingPlacement
+    events: dict[str, EventFd]
+    base: int = 0
+
+    @property
+    def size(self) -> int:
+        """Descriptors in the ring."""
+        return self.placement.size
+
+    @property
+    def desc(self) -> int:
+        """Guest physical address of the descriptor table."""
+        return self.placement.desc
+
+    @property
+    def avail(self) -> int:
+        """Guest physical address of the avail ring."""
+        return self.placement.avail
+
+    @property
+    def used(self) -> int:
+        """Guest physical address of the used ring."""
+        return self.placement.used
+
+    @property
+    def kick(self) -> int:
+        """Descriptor of the eventfd that the driver signals; stays with its owner."""
+        return self.events["kick"].fileno()
+
+    @property
+    def call(self) -> int:
+        """Descriptor of the eventfd that the device signals; stays with its owner."""
+        return self.events["call"].fileno()
+
+    @property
+    def error(self) -> EventFd:
+        """The eventfd that counts malformed descriptors."""
+        return self.events["error"]

@@ -13,13 +13,15 @@ from vhostctl.control.features import mask
 from vhostctl.control.netsetup import LinkSettings, link_steps
 from vhostctl.control.plan import Observer, Plan, Step
 from vhostctl.control.rings import place_rings
-from vhostctl.control.session import Session, State
+from vhostctl.control.session import Session
+from vhostctl.control.states import State
 from vhostctl.control.wiring import SessionConfig
 from vhostctl.guest.driver import NetDriver
 from vhostctl.host.closing import Closing
 from vhostctl.host.links import LinkCounters, Links, LinkState
 from vhostctl.host.netns import NetNamespace
 from vhostctl.host.tap import Tap
+from vhostctl.jobs.running import Running
 
 T = TypeVar("T")
 
@@ -140,6 +142,8 @@ class Wire(Closing):
         try:
             self._isolate_plan.run(observe)
             self._stack.enter_context(self.session)
+            if self.session.iotlb is not None:
+                self._stack.enter_context(Running(self.session.iotlb, "vhostctl-iotlb"))
             self._stack.callback(self.in_namespace, self._links.close)
             self.in_namespace(self._links.open)
             self._stack.callback(self.in_namespace, self._link_plan.undo)

@@ -1,0 +1,307 @@
+"""What is changed of a running session, one change at a time, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+
+from tests.system.conftest import Possessions, until
+from vhostctl.abi import virtio
+from vhostctl.control.netsetup import LinkSettings, link_steps
+from vhostctl.control.plan import Plan, Step
+from vhostctl.control.rings import place_rings
+from vhostctl.control.session import Session
+from vhostctl.control.snapshot import Snapshot
+from vhostctl.control.states import State
+from vhostctl.control.wiring import SessionConfig
+from vhostctl.errors import InvalidArgument, KernelError, NegotiationError, StateError
+from vhostctl.guest.driver import NetDriver
+from vhostctl.host.links import Links
+from vhostctl.host.memory import MappedRegion
+from vhostctl.host.tap import Tap
+from vhostctl.host.vhost import ENGINE, RX, TX, VhostNet
+from vhostctl.host.worker import workers
+from vhostctl.jobs.selftest import wire_config
+from vhostctl.jobs.traffic import Traffic
+from vhostctl.jobs.wire import Wire
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+FRAMES = 200
+
+
+def config(device: str, queues: int = 1) -> SessionConfig:
+    return SessionConfig("tap0", device, queues=queues, queue_size=64)
+
+
+@pytest.fixture
+def wire(device: str) -> Iterator[Wire]:
+    with Wire(wire_config(config(device, 2))) as wire:
+        yield wire
+
+
+def prove(wire: Wire, frames: int = FRAMES) -> None:
+    """Every frame goes both ways over every pair; what an earlier proof sent does not count."""
+    with Traffic(wire, wire.driver.pairs) as traffic:
+        assert traffic.exchange(frames) == frames
+        assert (traffic.to_guest.lost, traffic.to_host.lost) == (0, 0)
+
+
+def other_tap(wire: Wire, name: str = "tap1", queues: int = 2) -> Tap:
+    return wire.in_namespace(lambda: Tap.open(name, queues))
+
+
+def bring_up(wire: Wire, name: str) -> None:
+    def up() -> None:
+        with Links() as links:
+            Plan(link_steps(links, name, LinkSettings())).run()
+
+    wire.in_namespace(up)
+
+
+def test_the_tap_is_replaced(device: str) -> None:
+    with ExitStack() as later, Wire(wire_config(config(device, 2))) as wire:
+        session = wire.session
+        prove(wire)
+        old = session.tap
+        assert old is not None
+        old.queues[0].set_persist(True)  # what was set up on it is undone at the end
+        tap = later.enter_context(other_tap(wire))
+        small = later.enter_context(other_tap(wire, "tap2", 1))
+        bring_up(wire, "tap1")
+        session.replace_tap(tap)
+        assert session.tap is tap
+        assert old.queues[0].closed, "it was the session's own"
+        assert tap.queues[1].vnet_hdr_size() == session.negotiated.header_size
+        with pytest.raises(InvalidArgument, match="1 queues for 2 pairs"):
+            session.replace_tap(small)
+        before = wire.in_namespace(lambda: links_counters("tap1"))
+        wire.driver.pairs[1].send([bytes(60)])
+        until(lambda: wire.in_namespace(lambda: links_counters("tap1")) > before, "a frame")
+
+
+def links_counters(name: str) -> int:
+    with Links() as links:
+        return links.counters(name).rx_packets
+
+
+def refusing(name: str, nth: int) -> Callable[[Step], None]:
+    """Return an observer that fails before the nth step of that name."""
+    seen: list[Step] = []
+
+    def observe(step: Step) -> None:
+        if step.name.startswith(name):
+            seen.append(step)
+            if len(seen) == nth:
+                raise KernelError(5, step.name, step.target)
+
+    return observe
+
+
+@pytest.mark.parametrize("nth", range(1, 6))
+def test_a_tap_that_cannot_take_over_leaves_the_old_one(wire: Wire, nth: int) -> None:
+    with other_tap(wire) as tap:
+        wire.session._observe = refusing("", nth)
+        with pytest.raises(KernelError):
+            wire.session.replace_tap(tap)
+        wire.session._observe = None
+        assert wire.session.tap is not tap
+        assert tap.queues[0].vnet_hdr_size() == 10
+    assert wire.session.state is State.RUNNING
+    prove(wire)
+
+
+@pytest.mark.parametrize("up", [False, True], ids=["down", "up"])
+@pytest.mark.parametrize("nth", range(1, 5))
+def test_a_link_change_that_fails_is_taken_back(wire: Wire, up: bool, nth: int) -> None:
+    if up:
+        wire.session.set_link(False)
+    wire.session._observe = refusing("VHOST_NET_SET_BACKEND", nth)
+    with pytest.raises(KernelError):
+        wire.session.set_link(up)
+    wire.session._observe = None
+    assert wire.session.link is not up
+    wire.session.set_link(True)
+    prove(wire)
+
+
+def test_frames_wait_while_the_link_is_down(wire: Wire) -> None:
+    session = wire.session
+    session.set_link(False)
+    session.set_link(False)
+    sent = wire.counters().rx_packets
+    wire.driver.pairs[0].send([bytes(60)] * 5)
+    base = session.devices[0].base(TX)
+    assert wire.counters().rx_packets == sent
+    with pytest.raises(StateError, match="the link is down"):
+        session.disable_pair(1)
+    session.set_link(True)
+    until(lambda: wire.counters().rx_packets >= sent + 5, "the frames that waited")
+    assert session.devices[0].base(TX) == base + 5
+
+
+def test_a_ring_is_reset_to_another_place(device: str) -> None:
+    """What VIRTIO_F_RING_RESET asks for: one ring stops, and starts anew at another place."""
+    with Wire(wire_config(config(device))) as wire, ExitStack() as stack:
+        session = wire.session
+        prove(wire)
+        other = wire.session.queues
+        start, size = session.arena
+        wire.driver.close()
+        for queue in range(2):
+            session.stop_ring(queue)
+        rings, end = place_rings(start, 2, 128)
+        session._wiring.move_ring(RX, rings[RX])
+        session._wiring.move_ring(TX, rings[TX])
+        driver = stack.enter_context(
+            NetDriver(session, session.pairs, session.features, (end, start + size - end))
+        )
+        with pytest.raises(InvalidArgument, match="outside"):
+            session.start_ring(RX, 0, place_rings(1 << 40, 1, 64)[0][0])
+        for queue in range(2):
+            session.start_ring(queue, 0)
+            with pytest.raises(InvalidArgument, match="is running"):
+                session.start_ring(queue)
+        wire.driver = driver
+        for pair in driver.pairs:
+            pair.start()
+        assert other[0].size == 128
+        prove(wire)
+
+
+def test_the_mtu_changes_while_it_runs(device: str) -> None:
+    plain = wire_config(config(device))
+    with Wire(replace(plain, link=replace(plain.link, mtu=9000))) as wire:
+
+        def change() -> None:
+            with Links() as links:
+                Plan(link_steps(links, "tap0", LinkSettings(mtu=1500))).run()
+
+        assert wire.link_state().mtu == 9000
+        prove(wire)
+        wire.in_namespace(change)
+        assert wire.link_state().mtu == 1500
+        prove(wire)
+
+
+@pytest.mark.parametrize("kind", ["task", "kthread"])
+def test_the_worker_is_what_was_asked_for(device: str, kind: str) -> None:
+    before = workers()
+    with VhostNet.at(device) as probe:
+        try:
+            probe.get_fork_from_owner()
+        except KernelError:
+            session = Session(replace(config(device), worker=kind))
+            with pytest.raises(KernelError, match="VHOST_SET_FORK_FROM_OWNER"), session:
+                pass
+            return
+    with Wire(wire_config(replace(config(device), worker=kind))) as wire:
+        (found,) = workers() - before
+        assert found.kind == kind
+        prove(wire)
+
+
+def test_busyloop_is_what_was_asked_for(device: str) -> None:
+    with Wire(wire_config(replace(config(device), busyloop=1024))) as wire:
+        vhost = wire.session.devices[0].vhost
+        assert vhost.get_vring_busyloop_timeout(RX) == 1000
+        wire.session.set_busyloop(0)
+        assert vhost.get_vring_busyloop_timeout(TX) == 0
+        assert wire.session.snapshot().busyloop == 0
+        prove(wire)
+
+
+def test_every_address_is_translated(device: str) -> None:
+    with Wire(wire_config(replace(config(device, 2), translating=True))) as wire:
+        assert wire.session.features >> virtio.VIRTIO_F_ACCESS_PLATFORM & 1
+        prove(wire)
+        iotlb = wire.session.iotlb
+        assert iotlb is not None
+        start, size = wire.session.arena
+        assert iotlb.unmap(start, size)
+        iotlb.map(start, size, start)
+        prove(wire)
+        counters = iotlb.counters()
+        assert counters.misses == counters.answered > 0
+        session = wire.session
+        for queue in range(4):
+            session.start_ring(queue, session.stop_ring(queue))
+        session.set_link(False)
+        session.set_link(True)
+        session.disable_pair(0)
+        session.enable_pair(0)
+        session.start_log()
+        prove(wire)
+        session.stop_log()
+        with MappedRegion.anonymous(1 << 40, 4096, "dimm0") as region:
+            session.memory.add(region)
+            assert iotlb.mappings.translate(1 << 40)
+            session.memory.remove(region)
+            assert not iotlb.mappings.translate(1 << 40)
+        prove(wire)
+
+
+def test_a_session_resumes_from_its_document(wire: Wire, device: str) -> None:
+    """Also with a pair disabled, a call masked and the link down: all of it comes back."""
+    session = wire.session
+    prove(wire)
+    session.disable_pair(0)
+    session.mask(3)
+    frame = b"\xff" * 6 + bytes(54)
+    wire.driver.pairs[1].send([frame] * 64)
+    until(lambda: wire.driver.pairs[1].stats().tx_completed >= 64, "frames")
+    calls = session.devices[1].calls
+    pending = calls[TX].pending
+    session.set_busyloop(50)
+    text = session.suspend().to_json()
+    document = Snapshot.from_json(text)
+    assert document.order == (1,)
+    assert json.loads(text)["rings"][3]["masked"]
+    assert document.rings[2].base > 0
+    events = [dict(queue.events) for queue in session.queues]
+    resumed = Session.resume(
+        document, device, memory=session.memory, tap=session.tap, events=events
+    )
+    with resumed:
+        resumed.start()
+        assert list(resumed.enabled) == [False, True]
+        assert resumed.devices[1].calls[TX].masked
+        assert resumed.devices[1].calls[TX].pending is pending
+        resumed.unmask(3)
+        resumed.enable_pair(0)
+        for queue in resumed.queues:
+            queue.events["kick"].signal()
+        prove(wire)
+        resumed.disable_pair(0)
+        bases = resumed.stop()
+    session.start(bases)
+    session.enable_pair(0)
+    for queue in session.queues:
+        queue.events["kick"].signal()
+    prove(wire)
+
+
+def test_a_device_that_lacks_a_feature_is_refused(wire: Wire, device: str) -> None:
+    document = wire.session.snapshot()
+    names = (*document.features, "VIRTIO_F_RING_PACKED")
+    changed = Snapshot.from_json(
+        json.dumps(json.loads(document.to_json()) | {"features": sorted(names)})
+    )
+    before = Possessions.now()
+    resumed = Session.resume(changed, device, memory=wire.session.memory, tap=wire.session.tap)
+    with pytest.raises(NegotiationError, match="VIRTIO_F_RING_PACKED"), resumed:
+        pass
+    until(lambda: Possessions.now() == before, "as before")
+    prove(wire)
+
+
+def test_memory_that_is_missing_is_named(wire: Wire) -> None:
+    document = json.loads(wire.session.snapshot().to_json())
+    document["memory"].append({"gpa": 1 << 45, "size": 4096, "name": "dimm7"})
+    changed = Snapshot.from_json(json.dumps(document))
+    with pytest.raises(InvalidArgument, match="dimm7"):
+        Session.resume(changed, ENGINE, memory=wire.session.memory)

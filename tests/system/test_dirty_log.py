@@ -1,0 +1,245 @@
+"""The dirty log on a real device: what is in it, and that it suffices for a copy."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import pytest
+
+from tests.support.flow import Flow
+from tests.support.precopy import PAGE, Precopy
+from tests.system.conftest import until
+from vhostctl.abi.vhost import VHOST_F_LOG_ALL
+from vhostctl.control.dirtylog import DirtyLog, DirtyPages
+from vhostctl.control.memtable import GuestRegion
+from vhostctl.control.netsetup import LinkSettings, link_steps
+from vhostctl.control.plan import Plan
+from vhostctl.control.session import Session
+from vhostctl.control.wiring import SessionConfig
+from vhostctl.guest.driver import NetDriver
+from vhostctl.host.eventfd import EventFd
+from vhostctl.host.links import Links
+from vhostctl.host.memory import GuestMemory
+from vhostctl.host.netns import NetNamespace
+from vhostctl.host.tap import Tap
+from vhostctl.host.vhost import VhostNet
+from vhostctl.jobs.selftest import wire_config
+from vhostctl.jobs.wire import ETHERNET_HEADER, Wire
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+SIZE = 1024  # the used ring has pages of its own, and more than one
+GPA = 0x1_0000_0000
+FRAME = bytes.fromhex("ffffffffffff020000000002 88b5") + bytes(600)
+
+
+def config(device: str, queues: int = 1) -> SessionConfig:
+    return SessionConfig(device=device, queues=queues, queue_size=SIZE)
+
+
+@pytest.fixture
+def wire(device: str) -> Iterator[Wire]:
+    with Wire(wire_config(config(device))) as wire:
+        yield wire
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Whose pages the first pair's are; each is (gpa, bytes), whole pages.
+
+    With mergeable buffers a receive chain is one buffer, so that the driver writes nothing
+    into the receive arena and descriptors lie in none.
+    """
+
+    used: list[GuestRegion]
+    receive: GuestRegion
+    driver: list[GuestRegion]
+
+    @classmethod
+    def of(cls, wire: Wire) -> Layout:
+        session = wire.session
+        rings = [queue.placement.parts() for queue in session.devices[0].queues]
+        start = session.arena[0]
+        arena = NetDriver.arena_size(
+            [SIZE], session.features, wire.config.buffer_size, wire.config.mtu + ETHERNET_HEADER
+        )
+        # A round to 64 bytes is in that size. The page where one arena ends and the next begins
+        # is nobody's.
+        end = (start + arena - 63) & -PAGE
+        return cls(
+            [region(*ring["used"]) for ring in rings],
+            region(start, end - start),
+            [region(*ring[part]) for ring in rings for part in ("desc", "avail")]
+            + [region(end + PAGE, sum(session.arena) - end - PAGE)],
+        )
+
+    def device_pages(self) -> list[int]:
+        """The pages that nobody but the device writes."""
+        return [
+            gpa
+            for part in (*self.used, self.receive)
+            for gpa in range(part.gpa, part.gpa + part.size, PAGE)
+        ]
+
+
+def region(gpa: int, length: int) -> GuestRegion:
+    start, end = gpa & -PAGE, (gpa + length + PAGE - 1) & -PAGE
+    return GuestRegion(start, end - start, 0)
+
+
+def test_used_rings_and_received_frames_are_logged_and_nothing_else(wire: Wire) -> None:
+    layout = Layout.of(wire)
+    with (
+        Flow(wire) as flow,
+        EventFd.create("log") as event,
+        DirtyLog(wire.session.devices, wire.session.memory.table, event) as log,
+    ):
+        log.start()
+        flow.go_on(40)
+        pages = log.stop()
+        assert event.drain() > 0
+        assert flow.end() == []
+    for used in layout.used:
+        assert pages.within(used).count == used.size // PAGE
+    assert pages.within(layout.receive).count > SIZE // 16
+    for part in layout.driver:
+        assert not pages.within(part), f"{part.gpa:#x}"
+
+
+def send_one(wire: Wire, pair: int = 0) -> None:
+    """Send a frame and wait until the device has given it back."""
+    stats = wire.driver.pairs[pair].stats
+    goal = stats().tx_completed + 1
+    assert wire.driver.pairs[pair].send([FRAME]) == 1
+    until(lambda: stats().tx_completed == goal, "the frame is sent")
+
+
+def test_each_sync_has_what_came_since_the_last(wire: Wire) -> None:
+    device = wire.session.devices[0]
+    used = region(*device.queues[1].placement.parts()["used"])
+    with DirtyLog([device], wire.session.memory.table) as log:
+        log.start()
+        for _ in range(4):
+            # Going idle, the device writes to the ring once more.
+            until(lambda: not log.sync().within(used), "the ring is left alone")
+            send_one(wire)
+            assert used.gpa in [gpa for gpa, _ in log.sync()]
+
+
+def test_devices_share_one_log(device: str) -> None:
+    with Wire(wire_config(config(device, queues=2))) as wire:
+        devices = wire.session.devices
+        with DirtyLog(devices, wire.session.memory.table) as log:
+            log.start()
+            for pair in range(2):
+                send_one(wire, pair)
+            pages = log.stop()
+        for vhost in devices:
+            assert pages.within(region(*vhost.queues[1].placement.parts()["used"]))
+
+
+def test_nothing_is_logged_after_stop(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    honest = VhostNet.set_features
+
+    def note(device: VhostNet, features: int) -> None:
+        told.append(features)
+        honest(device, features)
+
+    monkeypatch.setattr(VhostNet, "set_features", note)
+    device = wire.session.devices[0]
+    table = wire.session.memory.table
+    with Flow(wire) as flow, DirtyLog([device], table) as log:
+        log.start()
+        flow.go_on()
+        assert told[-1] >> VHOST_F_LOG_ALL & 1
+        log.stop()
+        assert not told[-1] >> VHOST_F_LOG_ALL & 1
+        with mmap.mmap(-1, table.end // (8 * PAGE) + 1) as trap:
+            place = ctypes.c_char.from_buffer(trap)
+            device.vhost.set_log_base(ctypes.addressof(place))
+            del place
+            flow.go_on(20)
+            device.vhost.set_log_base(0)
+            assert not any(trap[:])
+        assert flow.end() == []
+
+
+def inject(frame: bytes) -> None:
+    """Send a frame to the tap as the host's network stack does."""
+    with closing(Links()) as links:
+        links.open()
+        Plan(link_steps(links, "tap0", LinkSettings())).run()
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
+        sock.bind(("tap0", 0))
+        sock.send(frame)
+
+
+def test_memory_that_is_added_while_the_log_runs(device: str, namespace: NetNamespace) -> None:
+    far = GPA + (1 << 36)  # behind what the log has room for when it starts
+    with (
+        GuestMemory([(GPA, 4 << 20)]) as memory,
+        GuestMemory([(far, 4 << 20)]) as added,
+        Session(
+            SessionConfig(device=device),
+            memory=memory,
+            open_tap=lambda: namespace.run(lambda: Tap.open("tap0")),
+        ) as session,
+    ):
+        session.set_rings()
+        session.start_log()
+        (buffers,) = added.regions
+        session.memory.add(buffers, "added")
+        with NetDriver(session, session.pairs, session.features, (far, buffers.size)) as driver:
+            session.start()
+            driver.pairs[0].start()
+            namespace.run(lambda: inject(FRAME))
+            assert driver.pairs[0].wait(20)
+            session.memory.remove("added")
+            assert session.sync_log().within(buffers)
+            session.stop()
+            assert not session.stop_log().within(buffers)
+
+
+class NoLog:
+    """What a migration without a log would know."""
+
+    def sync(self) -> DirtyPages:
+        return DirtyPages()
+
+    stop = sync
+
+
+@pytest.mark.parametrize("logged", [True, False], ids=["log", "no-log"])
+def test_a_copy_under_traffic_is_completed_from_the_log(wire: Wire, logged: bool) -> None:
+    session = wire.session
+    table = session.memory.table
+    pages = Layout.of(wire).device_pages()
+    with Flow(wire) as flow, DirtyLog(session.devices, table) as log:
+        log.start()
+        copy = Precopy(table, log if logged else NoLog())
+        copied: list[int] = []
+        goal = flow.windows + 30
+        while flow.windows < goal:
+            flow.go_on(len(copied) % 2)  # one round at a guess, the next on its heels
+            copied.append(copy.round())
+        bases = session.stop()  # in the middle of a window
+        copied.append(copy.finish())
+        wrong = copy.differences(pages)
+        log.close()
+        session.start(bases)
+        for queue in session.devices[0].queues:
+            queue.events["kick"].signal()  # the driver's kicks may have gone unheard
+        flow.go_on(5)
+        assert flow.end() == []
+    if logged:
+        assert wrong == []
+        assert sum(copied) > SIZE // 16
+        assert max(copied) < table.regions[0].size // PAGE
+    else:
+        assert len(wrong) > SIZE // 16

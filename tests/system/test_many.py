@@ -1,0 +1,53 @@
+"""Many devices in one process: the last costs what the first does, and nothing is left."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+
+import pytest
+
+from vhostctl.control.session import Session
+from vhostctl.control.wiring import SessionConfig
+from vhostctl.host.netns import NetNamespace
+from vhostctl.host.tap import Tap
+
+DEVICES = 64
+PAIRS = 2
+FEW = 12  # of how many the middle one counts: a tick may hit any one of them
+MOST = 1.3
+
+
+@pytest.fixture
+def descriptors() -> Iterator[None]:
+    """Let this process have as many descriptors as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("nothing_left", "descriptors")
+def test_the_last_device_costs_what_the_first_does(device: str, namespace: NetNamespace) -> None:
+    costs: list[float] = []
+    with ExitStack() as stack:
+        for number in range(DEVICES):
+            name = f"tap{number}"
+            config = SessionConfig(name, device, queues=PAIRS, memory_size=1 << 20)
+            # Time on a CPU: VHOST_SET_OWNER may wait for an RCU grace period of the cgroups'.
+            started = time.process_time()
+            open_tap = partial(namespace.run, partial(Tap.open, name, PAIRS))
+            session = Session(config, open_tap=open_tap)
+            stack.enter_context(session)
+            session.start()
+            costs.append(time.process_time() - started)
+        started = time.perf_counter()
+        stack.close()
+        closing = time.perf_counter() - started
+    first, last = statistics.median(costs[:FEW]), statistics.median(costs[-FEW:])
+    print(f"first {first * 1e3:.2f} ms, last {last * 1e3:.2f} ms, all closed in {closing:.2f} s")
+    assert last <= MOST * first
