@@ -3,7 +3,8 @@
 #   make demo       wire a tap to vhost-net, or to the embedded engine, and send traffic through it
 #   make demo-kernel  the same on a real kernel's vhost-net, in a VM
 #   make test       lint, types, host tests, lab tests on $(KERNELS)
-#   make test-all   the same on every kernel
+#   make test-all   the same on every kernel, and what is long
+#   make load       every change of a running session under load, $(SECONDS) seconds each
 #   make lint-c     the module: compiler's warnings, sparse, checkpatch
 #   make kmod       the module for the running kernel
 #   make bench      packets a second and CPU cost, in instructions
@@ -16,8 +17,16 @@ BIN     := .venv/bin
 NATIVE  := $(wildcard vhostctl/guest/src/*.[ch] kmod/core/*.[ch] kmod/user/*.[ch]) \
 	   $(wildcard vhostctl/*/native.cdef vhostctl/*/build.py)
 
+# What of tests/system needs a vhost-net and no node; counted costs are for the lab.
+ON_ENGINE := address_space changes dirty_log gso iotlb load multiqueue negotiation notifiers \
+	     peer_bugs selftest session
+SKIPS   := --allowed-skips .ci/allowed-skips.txt
+TWO     := -n 2 --dist loadgroup
+MARKS   := not soak
+SECONDS := 60
+
 .DELETE_ON_ERROR:
-.PHONY: demo demo-kernel test test-all lint lint-c host-test lab-test kmod \
+.PHONY: demo demo-kernel test test-all lint lint-c host-test lab-test load kmod \
 	bench bytecode packages test-packages kernels clean
 
 demo: .venv/ready bytecode
@@ -29,7 +38,7 @@ demo-kernel: .venv/ready bytecode
 test: lint lint-c host-test lab-test
 
 test-all:
-	$(MAKE) test KERNELS="$(ALL)"
+	$(MAKE) test KERNELS="$(ALL)" MARKS=
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -44,13 +53,16 @@ kmod: .venv/ready
 	$(BIN)/vhostctl kmod build
 
 host-test: .venv/ready
-	$(BIN)/python -m pytest tests/unit tests/cli tests/core --allowed-skips .ci/allowed-skips.txt
-	$(BIN)/python -m pytest tests/conformance tests/system/test_selftest.py --device engine \
-		--allowed-skips .ci/allowed-skips.txt
+	$(BIN)/python -m pytest $(TWO) tests/unit tests/cli tests/core $(SKIPS)
+	$(BIN)/python -m pytest $(TWO) tests/conformance $(ON_ENGINE:%=tests/system/test_%.py) \
+		--device engine $(SKIPS)
 
 lab-test: .venv/ready bytecode kernels test-packages
 	VHOSTCTL_TEST_KERNELS="$(KERNELS)" \
-	$(BIN)/python -m pytest tests/vm --allowed-skips .ci/allowed-skips.txt
+	$(BIN)/python -m pytest $(TWO) -m "$(MARKS)" tests/vm $(SKIPS)
+
+load: .venv/ready bytecode kernels test-packages
+	@.ci/load $(SECONDS) $(KERNELS)
 
 bench: .venv/ready bytecode kernels
 	@.ci/bench $(firstword $(KERNELS))

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.vm.conftest import run
+from tests.vm.test_system import PYTEST, SKIPS, files
 from vhostctl.kmod import NODE
 from vhostctl.lab.kernels import Kernel
 from vhostctl.lab.vm import Machine
 
 SECONDS = 1500
-PYTEST = "python -m pytest -p no:cacheprovider -p no:hypothesispytest -q --durations=5"
-SKIPS = "--allowed-skips .ci/allowed-skips.txt"
 
 
 @pytest.mark.vm
@@ -25,7 +24,7 @@ def test_the_rules_are_the_kernels(kernel: Kernel) -> None:
 
 @pytest.mark.vm
 def test_our_module_keeps_them(kernel: Kernel, module: Path) -> None:
-    suites = "tests/conformance tests/system/test_selftest.py"
+    suites = " ".join(["tests/conformance", *files("selftest changes load")])
     script = f'vhostctl kmod load "$1" && {PYTEST} {SKIPS} --device {NODE} {suites}'
     outcome = run(Machine(kernel), ["sh", "-c", script, "sh", str(module)], SECONDS)
     print(outcome)

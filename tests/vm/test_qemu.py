@@ -135,6 +135,10 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     made.kernel.unlink()
 
 
+# Two pairs take two CPUs, which under KVM under the emulator now and then fall silent.
+QUEUES = [1, pytest.param(2, marks=pytest.mark.soak)]
+
+
 def in_a_vm(kernel: Kernel, argv: list[str]) -> Outcome | None:
     """Run `argv` in a VM; None if that was lost or its guest fell silent.
 
@@ -175,13 +179,13 @@ def through_guest(
 
 
 @pytest.mark.vm
-@pytest.mark.parametrize("queues", [1, 2])
+@pytest.mark.parametrize("queues", QUEUES)
 def test_tcp_goes_through_the_kernels_own(kernel: Kernel, guest: Guest, queues: int) -> None:
     through_guest(kernel, guest, DEFAULT_PATH, queues)
 
 
 @pytest.mark.vm
-@pytest.mark.parametrize("queues", [1, 2])
+@pytest.mark.parametrize("queues", QUEUES)
 def test_tcp_goes_through_the_mirror(
     kernel: Kernel, guest: Guest, module: Path, queues: int
 ) -> None:
