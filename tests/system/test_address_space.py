@@ -33,7 +33,8 @@ from vhostctl.host.vhost import Region, VhostNet
 from vhostctl.jobs.hosttraffic import PATIENCE, WINDOW, HostSockets, StreamReceiver, Tally
 from vhostctl.jobs.running import Running
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+# Huge pages are the whole machine's: one process at a time reserves them.
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.xdist_group("huge pages")]
 
 GPA = 0x1_0000_0000
 SIZE = 4 << 20
