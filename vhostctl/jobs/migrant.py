@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,7 +189,8 @@ def main() -> None:
     """Serve on the descriptor that the command line names."""
     # Ctrl-C is for the caller, whose end closes this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with socket.socket(fileno=int(sys.argv[1])) as sock:
+    # A caller that is gone is told nothing.
+    with socket.socket(fileno=int(sys.argv[1])) as sock, suppress(ConnectionError):
         try:
             serve(sock)
         except (VhostctlError, OSError) as error:

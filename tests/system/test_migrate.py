@@ -1,0 +1,89 @@
+"""`vhostctl migrate` on --device, and what is left when somebody ends it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import until
+from vhostctl.cli.exitcodes import ExitCode
+from vhostctl.control.wiring import SessionConfig
+from vhostctl.errors import CheckFailed
+from vhostctl.host.vhost import ENGINE
+from vhostctl.jobs.migrate import migrate
+
+MIGRANT = "vhostctl.jobs.migrant"
+
+
+def migrants() -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if MIGRANT.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    before = set(migrants())
+    yield
+    until(lambda: set(migrants()) <= before, "the other processes ended")
+
+
+def command(device: str, *more: str) -> list[str]:
+    return [sys.executable, "-m", "vhostctl", "migrate", device, ENGINE, device, *more]
+
+
+def test_the_command_prints_a_document(device: str) -> None:
+    run = subprocess.run(
+        command(device, "--frames", "100", "--queues", "2", "--json"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == ExitCode.OK, run.stderr
+    document = json.loads(run.stdout)
+    assert document["schema"] == "vhostctl.migrate/1"
+    assert [(hop["source"], hop["target"]) for hop in document["hops"]] == [
+        (device, ENGINE),
+        (ENGINE, device),
+    ]
+    for hop in document["hops"]:
+        assert hop["down_ms"] > 0
+        assert hop["undelivered"] == 0
+        assert len(hop["bases"]) == 4
+    assert document["to_guest"]["lost"] == document["to_host"]["lost"] == 0
+    assert document["to_guest"]["sent"] == document["to_host"]["sent"] >= 300
+    assert document["problems"] == []
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_device_that_is_not_there_is_named_and_ends_it(device: str) -> None:
+    with pytest.raises(CheckFailed, match=r"process for /dev/nowhere: open on /dev/nowhere"):
+        migrate(SessionConfig(), [device, "/dev/nowhere"], 10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_who_ends_it_ends_the_other_processes(device: str, number: signal.Signals) -> None:
+    endless = [ENGINE, device] * 50
+    with subprocess.Popen(
+        command(device, *endless), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as moving:
+        until(lambda: bool(migrants()), "a move began", 120)
+        time.sleep(0.1)
+        moving.send_signal(number)
+        _, errors = moving.communicate(timeout=120)
+    ended = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
+    assert moving.returncode == ended.get(number, -number)
+    assert b"Traceback" not in errors
