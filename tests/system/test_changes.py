@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -243,6 +244,23 @@ def test_every_address_is_translated(device: str) -> None:
             session.memory.remove(region)
             assert not iotlb.mappings.translate(1 << 40)
         prove(wire)
+
+
+def test_a_suspend_that_is_interrupted_goes_on(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle, asked = VhostNet.settle, []
+
+    def interrupted(device: VhostNet, *args: Any) -> int:
+        asked.append(device)
+        left = settle(device, *args)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return left
+
+    monkeypatch.setattr(VhostNet, "settle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        wire.session.suspend()
+    assert wire.session.state is State.RUNNING
+    prove(wire)
 
 
 def test_a_session_resumes_from_its_document(wire: Wire, device: str) -> None:

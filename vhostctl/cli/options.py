@@ -47,6 +47,18 @@ queues = click.option(
 queue_size = click.option(
     "--queue-size", default=256, show_default=True, metavar="N", help="Descriptors in each ring."
 )
+busyloop = click.option(
+    "--busyloop",
+    default=0,
+    show_default=True,
+    metavar="US",
+    help="Microseconds that the worker polls before it sleeps.",
+)
+worker = click.option(
+    "--worker",
+    type=click.Choice(["task", "kthread"]),
+    help="Kind of worker, where the kernel offers the choice.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
 
 

@@ -19,6 +19,9 @@ from vhostctl.jobs.selftest import SelftestReport
 @options.queues
 @options.queue_size
 @options.features
+@options.busyloop
+@options.worker
+@click.option("--translate", is_flag=True, help="I/O virtual addresses, and an IOTLB behind them.")
 @click.option(
     "--frames", default=3000, show_default=True, metavar="N", help="Datagrams to send each way."
 )
@@ -29,6 +32,9 @@ def selftest(
     queues: int,
     queue_size: int,
     policy: Policy,
+    busyloop: int,
+    worker: str | None,
+    translate: bool,
     frames: int,
     as_json: bool,
     dry_run: bool,
@@ -47,6 +53,9 @@ def selftest(
         queues=queues,
         queue_size=queue_size,
         policy=policy,
+        busyloop=busyloop,
+        worker=worker,
+        translating=translate,
     )
     if dry_run:
         _print_plan(config, as_json)

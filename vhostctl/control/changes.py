@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 
 from vhostctl.control.multiqueue import compact
@@ -12,6 +13,7 @@ from vhostctl.control.rings import RingPlacement
 from vhostctl.control.wiring import TapSettings, Wiring
 from vhostctl.errors import InvalidArgument
 from vhostctl.host.tap import Tap
+from vhostctl.host.vhost import RX
 
 
 def rings_on(wiring: Wiring) -> Iterator[tuple[VhostPair, int]]:
@@ -28,6 +30,21 @@ def find(wiring: Wiring, queue: int) -> tuple[VhostPair, int]:
         raise InvalidArgument(f"queue {queue}", hint=f"there are {2 * len(wiring.pairs)}")
     pair, ring = divmod(queue, 2)
     return wiring.pairs[pair], ring
+
+
+def settle(wiring: Wiring, patience: float) -> int:
+    """Have devices that read ahead deliver that; return the frames that are left of it.
+
+    Each gets `patience` seconds. If this fails or is interrupted, they read on.
+    """
+    left = 0
+    with ExitStack() as read_on:
+        for pair, ring in rings_on(wiring):
+            if ring == RX and pair.attached(ring):
+                read_on.callback(pair.attach, ring, wiring.tap_queue(pair.index).fileno())
+                left += pair.vhost.settle(ring, patience)
+        read_on.pop_all()
+    return left
 
 
 def link_down_steps(wiring: Wiring) -> Iterator[Step]:

@@ -23,7 +23,7 @@ from vhostctl.errors import InvalidArgument, StateError
 from vhostctl.host.closing import Closing
 from vhostctl.host.eventfd import EventFd
 from vhostctl.host.tap import Tap
-from vhostctl.host.vhost import DEFAULT_PATH, RX, VhostNet
+from vhostctl.host.vhost import DEFAULT_PATH, VhostNet
 
 _PREPARE = ("open", "own", "negotiate", "map")
 
@@ -292,9 +292,7 @@ class Session(Closing):
         check(self.state, "suspend")
         undelivered = 0
         if self.state is State.RUNNING:
-            for pair, ring in changes.rings_on(self._wiring):
-                if ring == RX and pair.attached(ring):
-                    undelivered += pair.vhost.settle(ring, patience)
+            undelivered = changes.settle(self._wiring, patience)
             self.stop()
         return take(self._wiring, self._bases, link=self.link, undelivered=undelivered)
 
