@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,20 +15,21 @@ from tests.system.conftest import Possessions, until
 from vhostctl.abi import virtio
 from vhostctl.control.netsetup import LinkSettings, link_steps
 from vhostctl.control.plan import Plan, Step
-from vhostctl.control.rings import place_rings
+from vhostctl.control.rings import RingPlacement, place_rings
 from vhostctl.control.session import Session
 from vhostctl.control.snapshot import Snapshot
 from vhostctl.control.states import State
 from vhostctl.control.wiring import SessionConfig
 from vhostctl.errors import InvalidArgument, KernelError, NegotiationError, StateError
-from vhostctl.guest.driver import NetDriver
+from vhostctl.guest.config import QueueConfig
+from vhostctl.guest.driver import NetDriver, QueuePair
 from vhostctl.host.links import Links
 from vhostctl.host.memory import MappedRegion
 from vhostctl.host.tap import Tap
 from vhostctl.host.vhost import ENGINE, RX, TX, VhostNet
 from vhostctl.host.worker import workers
 from vhostctl.jobs.selftest import wire_config
-from vhostctl.jobs.traffic import Traffic
+from vhostctl.jobs.traffic import HOST, Traffic
 from vhostctl.jobs.wire import Wire
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -156,15 +158,20 @@ def test_a_ring_is_reset_to_another_place(device: str) -> None:
         for queue in range(2):
             session.stop_ring(queue)
         rings, end = place_rings(start, 2, 128)
-        session._wiring.move_ring(RX, rings[RX])
-        session._wiring.move_ring(TX, rings[TX])
-        driver = stack.enter_context(
-            NetDriver(session, session.pairs, session.features, (end, start + size - end))
-        )
         with pytest.raises(InvalidArgument, match="outside"):
             session.start_ring(RX, 0, place_rings(1 << 40, 1, 64)[0][0])
+        places = [
+            replace(QueueConfig(128, 0, 0, 0, kick=queue.kick, call=queue.call), **vars_of(ring))
+            for queue, ring in zip(session.queues, rings, strict=True)
+        ]
+        # The driver writes its rings before the device looks at them.
+        driver = stack.enter_context(
+            NetDriver(
+                session, [(places[0], places[1])], session.features, (end, start + size - end)
+            )
+        )
         for queue in range(2):
-            session.start_ring(queue, 0)
+            session.start_ring(queue, 0, rings[queue])
             with pytest.raises(InvalidArgument, match="is running"):
                 session.start_ring(queue)
         wire.driver = driver
@@ -174,19 +181,39 @@ def test_a_ring_is_reset_to_another_place(device: str) -> None:
         prove(wire)
 
 
+def vars_of(ring: RingPlacement) -> dict[str, int]:
+    return {"desc": ring.desc, "avail": ring.avail, "used": ring.used}
+
+
 def test_the_mtu_changes_while_it_runs(device: str) -> None:
     plain = wire_config(config(device))
     with Wire(replace(plain, link=replace(plain.link, mtu=9000))) as wire:
+        (pair,) = wire.driver.pairs
 
-        def change() -> None:
+        def change(mtu: int) -> None:
             with Links() as links:
-                Plan(link_steps(links, "tap0", LinkSettings(mtu=1500))).run()
+                Plan(link_steps(links, "tap0", LinkSettings(mtu=mtu))).run()
 
-        assert wire.link_state().mtu == 9000
+        wire.in_namespace(lambda: multicast(8000))
+        until(lambda: 8042 in lengths(pair), "a long frame")
+        wire.in_namespace(lambda: change(1500))
         prove(wire)
-        wire.in_namespace(change)
-        assert wire.link_state().mtu == 1500
-        prove(wire)
+        wire.in_namespace(lambda: multicast(8000))
+        until(lambda: 1514 in lengths(pair), "its fragments")
+        wire.in_namespace(lambda: change(9000))
+        wire.in_namespace(lambda: multicast(8000))
+        until(lambda: 8042 in lengths(pair), "a long frame again")
+
+
+def multicast(size: int) -> None:
+    """Send a datagram that needs nobody's address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(HOST[4]))
+        sock.sendto(bytes(size), ("224.0.0.1", 9))
+
+
+def lengths(pair: QueuePair) -> set[int]:
+    return {len(frame) for frame in pair.receive(64)}
 
 
 @pytest.mark.parametrize("kind", ["task", "kthread"])
@@ -226,8 +253,8 @@ def test_every_address_is_translated(device: str) -> None:
         assert iotlb.unmap(start, size)
         iotlb.map(start, size, start)
         prove(wire)
-        counters = iotlb.counters()
-        assert counters.misses == counters.answered > 0
+        assert iotlb.counters().answered > 0
+        assert iotlb.missing() == []
         session = wire.session
         for queue in range(4):
             session.start_ring(queue, session.stop_ring(queue))
@@ -264,8 +291,10 @@ def test_a_suspend_that_is_interrupted_goes_on(wire: Wire, monkeypatch: pytest.M
 
 
 def test_a_session_resumes_from_its_document(wire: Wire, device: str) -> None:
-    """Also with a pair disabled, a call masked and the link down: all of it comes back."""
+    """Also with a pair disabled, a call masked, a ring stopped and the link down."""
     session = wire.session
+    tap = session.tap
+    assert tap is not None
     prove(wire)
     session.disable_pair(0)
     session.mask(3)
@@ -294,10 +323,20 @@ def test_a_session_resumes_from_its_document(wire: Wire, device: str) -> None:
         for queue in resumed.queues:
             queue.events["kick"].signal()
         prove(wire)
-        resumed.disable_pair(0)
-        bases = resumed.stop()
-    session.start(bases)
-    session.enable_pair(0)
+        resumed.disable_pair(1)
+        resumed.mask(2)
+        resumed.stop_ring(0)
+        resumed.set_link(False)
+        session.catch_up(Snapshot.from_json(resumed.suspend().to_json()))
+    assert tap.queues[0].vnet_hdr_size() == session.negotiated.header_size
+    session.start()
+    assert (list(session.enabled), session.link) == ([True, False], False)
+    assert session.devices[1].calls[RX].masked
+    session.set_link(True)
+    assert not session.devices[0].attached(RX)
+    session.start_ring(0, session.devices[0].base(RX))
+    session.enable_pair(1)
+    session.unmask(2)
     for queue in session.queues:
         queue.events["kick"].signal()
     prove(wire)

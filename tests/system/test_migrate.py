@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import pytest
 
 from tests.system.conftest import until
 from vhostctl.cli.exitcodes import ExitCode
+from vhostctl.control.snapshot import Snapshot
 from vhostctl.control.wiring import SessionConfig
 from vhostctl.errors import CheckFailed
 from vhostctl.host.vhost import ENGINE
+from vhostctl.jobs.migrant import Migrant
 from vhostctl.jobs.migrate import migrate
 
 MIGRANT = "vhostctl.jobs.migrant"
@@ -74,15 +77,57 @@ def test_a_device_that_is_not_there_is_named_and_ends_it(device: str) -> None:
         migrate(SessionConfig(), [device, "/dev/nowhere"], 10)
 
 
+def test_a_datagram_that_is_lost_is_in_the_report(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient(monkeypatch)
+
+    class Lossy(socket.socket):
+        """Swallows one datagram in the middle."""
+
+        sent = 0
+
+        def send(self, data: bytes) -> int:  # type: ignore[override]
+            Lossy.sent += 1
+            return len(data) if Lossy.sent == 300 else super().send(data)
+
+    monkeypatch.setattr("vhostctl.jobs.hosttraffic.socket.socket", Lossy)
+    report = migrate(SessionConfig(device=device), [device, ENGINE], 1 << 20)
+    assert "1 datagrams lost to the guest" in report.problems
+    assert "1 moves not made" in report.problems
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("traffic", "hosttraffic"):
+        monkeypatch.setattr(f"vhostctl.jobs.{module}.PATIENCE", 2)
+
+
+def test_a_process_that_dies_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    impatient(monkeypatch)
+    start = Migrant.start
+
+    def shot(migrant: Migrant, snapshot: Snapshot) -> int:
+        migrant._process.kill()
+        migrant._process.wait()
+        return start(migrant, snapshot)
+
+    monkeypatch.setattr(Migrant, "start", shot)
+    with pytest.raises(CheckFailed, match="process for engine"):
+        migrate(SessionConfig(device=device), [device, ENGINE], 100)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_who_ends_it_ends_the_other_processes(device: str, number: signal.Signals) -> None:
     endless = [ENGINE, device] * 50
     with subprocess.Popen(
-        command(device, *endless), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command(device, *endless),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        process_group=0,
     ) as moving:
         until(lambda: bool(migrants()), "a move began", 120)
-        time.sleep(0.1)
-        moving.send_signal(number)
+        # As a terminal does it: to the whole group.
+        os.killpg(moving.pid, number) if number == signal.SIGINT else moving.send_signal(number)
         _, errors = moving.communicate(timeout=120)
     ended = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
     assert moving.returncode == ended.get(number, -number)

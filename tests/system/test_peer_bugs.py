@@ -57,7 +57,8 @@ def test_bug_restore_field_never_filled(wire: Wire, device: str) -> None:
             resumed.start()
             bases = resumed.stop()
         assert bases[1::2] == asked[1::2]
-        assert bases[::2] >= asked[::2]  # the host may have sent something
+        for now, then in zip(bases[::2], asked[::2], strict=True):
+            assert now - then in range(64)  # the host may have sent something
 
 
 def test_bug_base_read_into_a_constant(wire: Wire) -> None:
@@ -75,17 +76,17 @@ def test_bug_panic_on_activation(namespace: NetNamespace, device: str) -> None:
         config = SessionConfig("tap0", device)
         with Session(config, tap=tap) as session:
             x.close()
-            session._wiring.tap = Tap("x", [x.queues[0]], created=False)
+            session._wiring.side.tap = Tap("x", [x.queues[0]], created=False)
             with pytest.raises(ValueError, match="x queue 0 is closed"):
                 session.start()
-            session._wiring.tap = tap
+            session._wiring.side.tap = tap
             assert session.state is State.RINGS_SET
             with namespace.run(lambda: Tap.open("y")) as y, pytest.MonkeyPatch.context() as patch:
                 patch.setattr(y.queues[0], "fileno", lambda: 0)
-                session._wiring.tap = y
+                session._wiring.side.tap = y
                 with pytest.raises(KernelError, match="VHOST_NET_SET_BACKEND"):
                     session.start()
-            session._wiring.tap = tap
+            session._wiring.side.tap = tap
             session.start()
             assert session.stop() == [0, 0]
 

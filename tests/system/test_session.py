@@ -69,6 +69,7 @@ WAYS: dict[State, tuple[str, ...]] = {
     State.CLOSED: ("prepare", "start", "close"),
 }
 ARGUMENTS: dict[str, tuple[object, ...]] = {
+    "catch_up": (None,),
     "set_link": (False,),
     "enable_pair": (0,),
     "disable_pair": (0,),

@@ -22,6 +22,7 @@ DOCUMENT: dict[str, Any] = {
     "order": [1],
     "link": True,
     "busyloop": 50,
+    "worker": None,
     "translating": False,
     "tap": {"name": "tap0", "header_size": 12, "offload": 3, "endian": "little", "sndbuf": 4096},
 }

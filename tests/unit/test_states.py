@@ -22,6 +22,7 @@ TABLE = {
     "negotiate": "..y.......",
     "map": "...y......",
     "prepare": "y.........",
+    "catch_up": "yyyyy..y..",
     "set_rings": "....y..y..",
     "start": "....yy.y..",
     "stop": "......y...",

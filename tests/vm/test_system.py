@@ -16,7 +16,7 @@ SKIPS = "--allowed-skips .ci/allowed-skips.txt"
 
 # A VM for each, so that two of them share the machine.
 SUITES = {
-    "sessions": "changes migrate missing negotiation peer_bugs run session tap_queue up vhost_requests",
+    "sessions": "changes handover migrate missing negotiation peer_bugs run session tap_queue up vhost_requests",
     "selftest": "selftest",
     "memory": "address_space dirty_log iotlb",
     "traffic": "gso load multiqueue notifiers",

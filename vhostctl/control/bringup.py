@@ -28,7 +28,8 @@ def open_steps(wiring: Wiring) -> Iterator[Step]:
     yield Step("place rings", "", rings, wiring.place, wiring.unplace)
     if wiring.handed.tap is None:
         queues = f"{config.queues} queue{'s' * (config.queues > 1)}, vnet_hdr"
-        yield Step("TUNSETIFF", config.tap, queues, wiring.attach_tap, wiring.detach_tap)
+        yield Step("TUNSETIFF", config.tap, queues, wiring.side.open, wiring.side.close)
+    yield Step("arrange queues", config.tap, "", wiring.side.arrange)
     if not wiring.handed.vhost:
         for pair in range(config.queues):
             opens, closes = partial(wiring.open_vhost, pair), partial(wiring.close_vhost, pair)
@@ -45,7 +46,7 @@ def own_steps(wiring: Wiring) -> Iterator[Step]:
         if worker is not None:
             choose = partial(wiring.choose_worker, pair)
             yield Step("VHOST_SET_FORK_FROM_OWNER", name, worker, choose)
-        yield Step("VHOST_SET_OWNER", name, "", partial(_own, wiring, pair))
+        yield Step("VHOST_SET_OWNER", name, "", partial(wiring.own, pair))
 
 
 def negotiate_steps(wiring: Wiring) -> Iterator[Step]:
@@ -60,8 +61,8 @@ def negotiate_steps(wiring: Wiring) -> Iterator[Step]:
             "TUNSETVNETHDRSZ, TUNSETVNETLE, TUNSETOFFLOAD, TUNSETSNDBUF",
             f"{wiring.config.tap} queue {pair}",
             "as negotiated",
-            partial(wiring.configure_tap, pair),
-            partial(wiring.restore_tap, pair),
+            partial(_configure_tap, wiring, pair),
+            partial(wiring.side.restore, pair),
         )
         features = partial(_features, wiring, pair)
         yield Step("VHOST_SET_FEATURES", name, "as negotiated", features)
@@ -111,8 +112,8 @@ def start_steps(wiring: Wiring) -> Iterator[Step]:
             )
 
 
-def _own(wiring: Wiring, pair: int) -> None:
-    wiring.pairs[pair].set_owner()
+def _configure_tap(wiring: Wiring, pair: int) -> None:
+    wiring.side.configure(pair, wiring.negotiated)
 
 
 def _features(wiring: Wiring, pair: int) -> None:
@@ -148,8 +149,8 @@ def _busyloop(timeout: int, wiring: Wiring, pair: int, ring: int) -> None:
 
 
 def _attach(wiring: Wiring, pair: int, ring: int) -> None:
-    if wiring.enabled(pair):
-        wiring.pairs[pair].attach(ring, wiring.tap_queue(pair).fileno())
+    if wiring.wanted(wiring.pairs[pair], ring):
+        wiring.pairs[pair].attach(ring, wiring.side.queue(pair).fileno())
 
 
 def _detach(wiring: Wiring, pair: int, ring: int) -> None:

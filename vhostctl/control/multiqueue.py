@@ -145,8 +145,9 @@ class QueuePairs:
             for ring in (RX, TX):
                 undo.callback(self._pairs[pair].detach, ring)
                 self._pairs[pair].attach(ring, queue.fileno())
+            self._order.append(pair)
+            undo.callback(self._order.remove, pair)
             undo.pop_all()
-        self._order.append(pair)
         for virtqueue in self._pairs[pair].queues:
             os.eventfd_write(virtqueue.kick, 1)
 
@@ -171,8 +172,8 @@ class QueuePairs:
             dropped = self._drain(pair, timeout)
             self._pairs[pair].detach(TX)
             self._queues[pair].disable()
-            undo.pop_all()
             compact(self._order, pair)
+            undo.pop_all()
         return Disabled(steered, dropped)
 
     def _check(self, pair: int) -> bool:

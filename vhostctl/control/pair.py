@@ -48,7 +48,8 @@ class VhostPair:
         except BaseException:
             self.forget()
             raise
-        self.owned = False
+        self.stopped: set[int] = set()
+        """Rings that were stopped alone: they get no backend, whatever else starts."""
         self.features = 0
         self.logging = False
         self._locate = locate
@@ -60,10 +61,8 @@ class VhostPair:
         return f"queue {2 * self.index + ring}"
 
     def set_owner(self) -> None:
-        """VHOST_SET_OWNER, once."""
-        if not self.owned:
-            self.vhost.set_owner()
-            self.owned = True
+        """VHOST_SET_OWNER."""
+        self.vhost.set_owner()
 
     def set_features(self, features: int) -> None:
         """VHOST_SET_FEATURES: the device's part of what the driver acknowledged."""
@@ -77,6 +76,7 @@ class VhostPair:
     def set_base(self, ring: int, base: int) -> None:
         """VHOST_SET_VRING_BASE."""
         self.vhost.set_vring_base(ring, base)
+        self.queues[ring].base = base
 
     def set_addresses(self, ring: int) -> None:
         """VHOST_SET_VRING_ADDR from the placement; also InvalidArgument."""
@@ -108,7 +108,12 @@ class VhostPair:
         return ring in self._backends
 
     def attach(self, ring: int, fd: int) -> None:
-        """VHOST_NET_SET_BACKEND: start the ring, or move it to another backend."""
+        """VHOST_NET_SET_BACKEND: start the ring, or move it to another backend.
+
+        Does nothing for a ring that was stopped alone.
+        """
+        if ring in self.stopped:
+            return
         if self._prime is not None:  # without its used ring no ring starts
             self._prime(self.vhost, *self.queues[ring].placement.parts()["used"])
         before = self._backends.get(ring)

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Self, TypeVar
 
 from vhostctl.control import bringup, changes
 from vhostctl.control.addressspace import AddressSpace
-from vhostctl.control.dirtylog import DirtyPages
 from vhostctl.control.features import NegotiationResult
 from vhostctl.control.iotlb import Iotlb
 from vhostctl.control.iovamap import IovaMap
-from vhostctl.control.multiqueue import Disabled, QueuePairs
+from vhostctl.control.live import LiveSession
 from vhostctl.control.pair import RINGS, VhostPair
 from vhostctl.control.plan import Observer, Plan, Step
 from vhostctl.control.rings import RingPlacement, VirtQueue
-from vhostctl.control.snapshot import Snapshot, take
-from vhostctl.control.states import CALLS, State, check
+from vhostctl.control.snapshot import Snapshot, bring_back, take
+from vhostctl.control.states import State, check
 from vhostctl.control.wiring import Handed, Memory, SessionConfig, Wiring
-from vhostctl.errors import InvalidArgument, StateError
-from vhostctl.host.closing import Closing
+from vhostctl.errors import InvalidArgument
 from vhostctl.host.eventfd import EventFd
 from vhostctl.host.tap import Tap
 from vhostctl.host.vhost import DEFAULT_PATH, VhostNet
 
+T = TypeVar("T")
+
 _PREPARE = ("open", "own", "negotiate", "map")
 
 
-class Session(Closing):
+class Session(LiveSession):
     """A tap wired to vhost-net; a context manager that prepares on entry.
 
     `prepare()` opens what it was not handed and tells every device about features and
@@ -67,12 +67,9 @@ class Session(Closing):
             memory = AddressSpace(memory.regions)
         handed = Handed(memory, tap, tuple(vhost), tuple(events), tuple(rings), mappings)
         handed.check(config.queues)
-        self.state = State.NEW
-        self.link = True
-        """Whether the backends are attached while the session runs."""
-        self._wiring = Wiring(config, handed, open_tap)
-        self._observe = observe
+        super().__init__(Wiring(config, handed, open_tap), observe)
         self._bases = [0] * 2 * config.queues
+        self._document: Snapshot | None = None
         self._phases = {
             "open": Plan(bringup.open_steps(self._wiring)),
             "own": Plan(bringup.own_steps(self._wiring)),
@@ -116,10 +113,21 @@ class Session(Closing):
             open_tap=open_tap,
             observe=observe,
         )
-        session._bases = [ring.base for ring in snapshot.rings]
-        session._wiring.order[:] = snapshot.order
-        session._wiring.masked = {i: r.pending for i, r in enumerate(snapshot.rings) if r.masked}
+        session.catch_up(snapshot)
         return session
+
+    def catch_up(self, snapshot: Snapshot) -> None:
+        """Take over what changed since the snapshot from which this session was resumed.
+
+        Raises InvalidArgument if it is of other rings or features.
+        """
+        check(self.state, "catch_up")
+        first = self._document or snapshot
+        if (snapshot.features, len(snapshot.rings)) != (first.features, 2 * self.config.queues):
+            raise InvalidArgument("a snapshot of another session", hint="resume() from it")
+        self._document = snapshot
+        self._bases = [ring.base for ring in snapshot.rings]
+        bring_back(self._wiring, snapshot)
 
     @property
     def config(self) -> SessionConfig:
@@ -156,7 +164,7 @@ class Session(Closing):
     @property
     def tap(self) -> Tap | None:
         """The tap that the rings are attached to, or will be."""
-        return self._wiring.tap
+        return self._wiring.side.tap
 
     @property
     def enabled(self) -> Sequence[bool]:
@@ -190,40 +198,32 @@ class Session(Closing):
         """(gpa, bytes) of the first region that the rings leave free, for the driver."""
         return self._wiring.arena
 
-    def _run(self, call: str, plan: Plan | None = None) -> None:
-        """Take the steps of `call`, if it may come now; it leads to its state."""
-        check(self.state, call)
-        plan = plan or self._phases[call]
-        try:
-            plan.run(self._observe)
-        except BaseException:
-            if plan.broken:
-                self.state = State.FAILED
-            raise
-        self.state = CALLS[call].leads_to or self.state
-
     def open(self) -> None:
         """Map memory, place the rings, open tap and devices, as far as they are not handed in."""
-        self._run("open")
+        self._run("open", self._phases["open"])
+        if self._document is not None:
+            bring_back(self._wiring, self._document)
 
     def own(self) -> None:
         """Become the owner of every device; from then on each has its worker."""
-        self._run("own")
+        self._run("own", self._phases["own"])
 
     def negotiate(self) -> None:
         """Settle the features, and tell tap and devices."""
-        self._run("negotiate")
+        self._run("negotiate", self._phases["negotiate"])
 
     def map(self) -> None:
         """Set the memory table of every device, now and whenever memory changes."""
-        self._run("map")
+        self._run("map", self._phases["map"])
 
     def prepare(self) -> None:
         """`open()`, `own()`, `negotiate()`, `map()`: if a step fails, all is taken back."""
         check(self.state, "prepare")
         try:
-            for call in _PREPARE:
-                self._run(call)
+            self.open()
+            self.own()
+            self.negotiate()
+            self.map()
         except BaseException as error:
             self.state = State.FAILED
             try:
@@ -249,7 +249,7 @@ class Session(Closing):
             raise InvalidArgument(f"{len(bases)} ring bases for {len(self._bases)} rings")
         self._bases = list(self._bases if bases is None else bases)
         self._phases["set_rings"] = Plan(bringup.ring_steps(self._wiring, self._bases))
-        self._run("set_rings")
+        self._run("set_rings", self._phases["set_rings"])
 
     def start(self, bases: Sequence[int] | None = None) -> None:
         """Attach the tap to every ring of the enabled pairs; `set_rings(bases)` if need be.
@@ -262,8 +262,8 @@ class Session(Closing):
             self.set_rings(bases)
         elif bases is not None:
             raise InvalidArgument("bases for rings that are set", hint="give them to set_rings()")
-        self._run("start")
-        self.link = True
+        self._wiring.side.handed_on = False
+        self._run("start", self._phases["start"])
 
     def stop(self) -> list[int]:
         """Stop every ring and return its base (VHOST_GET_VRING_BASE), pair by pair."""
@@ -281,108 +281,21 @@ class Session(Closing):
         `suspend()` then says that the rings stand.
         """
         check(self.state, "snapshot")
-        return take(self._wiring, self._bases, link=self.link)
+        return take(self._wiring, self._bases)
 
     def suspend(self, patience: float = 5.0) -> Snapshot:
         """Stop, and return what another session needs to go on: see `resume()`.
 
-        A device that reads frames ahead of its ring gets `patience` seconds to deliver
-        them; what is left of them then is lost, and counted in the snapshot.
+        Devices that read frames ahead of their rings have `patience` seconds to deliver
+        them; what is left of them then is lost, and counted in the snapshot. The tap stays
+        as it is, for whoever goes on.
         """
         check(self.state, "suspend")
-        undelivered = 0
+        undelivered = changes.settle(self._wiring, patience)
         if self.state is State.RUNNING:
-            undelivered = changes.settle(self._wiring, patience)
             self.stop()
-        return take(self._wiring, self._bases, link=self.link, undelivered=undelivered)
-
-    def ring_errors(self) -> list[int]:
-        """Return how often each ring was found malformed since the last call."""
-        return [queue.error.drain() for queue in self.queues]
-
-    def set_link(self, up: bool) -> None:
-        """Take the link down (no backend: frames wait where they are), or up again."""
-        check(self.state, "set_link")
-        if up != self.link:
-            steps = changes.link_up_steps if up else changes.link_down_steps
-            self._run("set_link", Plan(steps(self._wiring)))
-            self.link = up
-
-    def enable_pair(self, pair: int) -> None:
-        """Let a pair take part again, where its rings stopped. Raises as `disable_pair()`."""
-        self._queue_pairs("enable_pair").enable(pair)
-
-    def disable_pair(self, pair: int, timeout: float = 1.0) -> Disabled:
-        """Let a pair take part no longer: its flows go to the others, then its rings stop.
-
-        What the guest has no buffers for within `timeout` seconds is dropped and counted in
-        what is returned. Raises InvalidArgument (no such pair, the last one), KernelError, and
-        StateError while the link is down.
-        """
-        return self._queue_pairs("disable_pair").disable(pair, timeout)
-
-    def _queue_pairs(self, call: str) -> QueuePairs:
-        check(self.state, call)
-        tap = self.tap
-        if tap is None or not self.link:
-            raise StateError(f"{call}(): the link is down", hint="call set_link(True) first")
-        return QueuePairs(self.devices, tap.queues, self._wiring.order)
-
-    def replace_tap(self, tap: Tap) -> None:
-        """Move every ring to the queues of `tap`, which stays the caller's.
-
-        The tap before is closed if this session opened it. Raises InvalidArgument (number
-        of queues) and KernelError.
-        """
-        check(self.state, "replace_tap")
-        self._run("replace_tap", Plan(changes.replace_tap_steps(self._wiring, tap)))
-
-    def stop_ring(self, queue: int) -> int:
-        """Stop the virtqueue `queue` alone and return its base (VIRTIO_F_RING_RESET)."""
-        check(self.state, "stop_ring")
-        self._run("stop_ring", Plan(changes.stop_ring_steps(self._wiring, queue)))
-        pair, ring = changes.find(self._wiring, queue)
-        return pair.base(ring)
-
-    def start_ring(self, queue: int, base: int = 0, place: RingPlacement | None = None) -> None:
-        """Start a virtqueue that was stopped alone, at `place` if it is to lie elsewhere."""
-        check(self.state, "start_ring")
-        self._run("start_ring", Plan(changes.start_ring_steps(self._wiring, queue, base, place)))
-
-    def mask(self, queue: int) -> None:
-        """Keep the calls of the virtqueue `queue` from the guest."""
-        check(self.state, "mask")
-        pair, ring = changes.find(self._wiring, queue)
-        pair.calls[ring].mask()
-
-    def unmask(self, queue: int) -> None:
-        """Let the calls through again; what came meanwhile arrives as one."""
-        check(self.state, "unmask")
-        pair, ring = changes.find(self._wiring, queue)
-        pair.calls[ring].unmask()
-
-    def set_busyloop(self, microseconds: int) -> None:
-        """Let every worker poll for so long before it sleeps; 0: not at all."""
-        check(self.state, "set_busyloop")
-        for pair in self.devices:
-            for ring in RINGS:
-                pair.set_busyloop(ring, microseconds)
-        self._wiring.busyloop = microseconds
-
-    def start_log(self) -> None:
-        """Log from now on which pages the devices write (VHOST_F_LOG_ALL)."""
-        check(self.state, "start_log")
-        self._wiring.log.start()
-
-    def sync_log(self) -> DirtyPages:
-        """Return the pages written since the last call, or since `start_log()`."""
-        check(self.state, "sync_log")
-        return self._wiring.log.sync()
-
-    def stop_log(self) -> DirtyPages:
-        """Log no longer; return the pages written since the last `sync_log()`."""
-        check(self.state, "stop_log")
-        return self._wiring.log.stop()
+        self._wiring.side.handed_on = True
+        return take(self._wiring, self._bases, undelivered)
 
     def close(self) -> None:
         """Stop and close what this session opened; a second call does nothing."""
@@ -395,6 +308,6 @@ class Session(Closing):
             stack.callback(self._undo, "start")
 
     def __enter__(self) -> Self:
-        if self.state is State.NEW:
+        if self.state in (State.NEW, State.CLOSED):
             self.prepare()
         return self

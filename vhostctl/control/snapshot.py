@@ -10,6 +10,7 @@ import msgspec
 from vhostctl.abi import virtio
 from vhostctl.control.features import Policy, mask
 from vhostctl.control.rings import RingPlacement, check_size
+from vhostctl.control.tapside import TapSettings
 from vhostctl.control.wiring import SessionConfig, Wiring
 from vhostctl.errors import InvalidArgument
 
@@ -28,7 +29,7 @@ class RingSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A ring: guest physical addresses (I/O virtual ones in translating mode), and its state.
 
     `base` is the avail index that the device reads next, `pending` whether a call came while
-    they were masked.
+    they were masked, `stopped` whether it was stopped alone.
     """
 
     size: int
@@ -38,6 +39,7 @@ class RingSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     base: int
     masked: bool = False
     pending: bool = False
+    stopped: bool = False
 
     @property
     def placement(self) -> RingPlacement:
@@ -46,13 +48,20 @@ class RingSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TapSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the tap was set up: bytes, TUN_F_* flags, byte order of the header."""
+    """How the tap was set up: bytes, TUN_F_* flags, byte order of the header.
+
+    `offer` is what it offers, feature bits, or None if nobody asked: it is not tried again,
+    for that would disturb what is in it. `before` is what each queue had before anybody
+    wired it, for the session that ends last.
+    """
 
     name: str
     header_size: int
     offload: int
     endian: Literal["little", "native"]
     sndbuf: int
+    offer: int | None = None
+    before: tuple[TapSettings, ...] = ()
 
 
 class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,6 +82,7 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     order: tuple[int, ...]
     link: bool
     busyloop: int
+    worker: str | None
     translating: bool
     tap: TapSnapshot
     undelivered: int = 0
@@ -109,6 +119,7 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             vmm=_bits(self.vmm),
             sndbuf=self.tap.sndbuf,
             busyloop=self.busyloop,
+            worker=self.worker,
             translating=self.translating,
         )
 
@@ -138,30 +149,61 @@ def _bits(names: tuple[str, ...]) -> int:
         raise InvalidArgument(f"snapshot: {error}") from error
 
 
-def take(wiring: Wiring, bases: Sequence[int], *, link: bool, undelivered: int = 0) -> Snapshot:
+def take(wiring: Wiring, bases: Sequence[int], undelivered: int = 0) -> Snapshot:
     """Return what there is to know of `wiring`, whose rings stand at `bases`."""
     result, config = wiring.negotiated, wiring.config
-    calls = [call for pair in wiring.pairs for call in pair.calls]
+    side = wiring.side
+    rings = [
+        RingSnapshot(
+            queue.size,
+            queue.desc,
+            queue.avail,
+            queue.used,
+            bases[2 * pair.index + ring],
+            masked=pair.calls[ring].masked,
+            pending=pair.calls[ring].pending,
+            stopped=ring in pair.stopped,
+        )
+        for pair in wiring.pairs
+        for ring, queue in enumerate(pair.queues)
+    ]
     return Snapshot(
         version=VERSION,
         device=config.device,
         features=tuple(virtio.feature_names(result.features)),
         vmm=tuple(virtio.feature_names(result.features & config.vmm)),
         memory=tuple(RegionSnapshot(r.gpa, r.size, r.name) for r in wiring.memory.regions),
-        rings=tuple(
-            RingSnapshot(q.size, q.desc, q.avail, q.used, base, call.masked, call.pending)
-            for q, base, call in zip(wiring.queues, bases, calls, strict=True)
-        ),
-        order=tuple(wiring.order),
-        link=link,
+        rings=tuple(rings),
+        order=tuple(side.order),
+        link=wiring.link,
         busyloop=wiring.busyloop,
+        worker=config.worker,
         translating=config.translating,
         tap=TapSnapshot(
-            name=wiring.tap.name if wiring.tap else config.tap,
+            name=side.tap.name if side.tap else config.tap,
             header_size=result.header_size,
             offload=result.offload,
             endian=result.endian,
-            sndbuf=config.sndbuf,
+            sndbuf=side.sndbuf,
+            offer=side.offer,
+            before=tuple(side.before),
         ),
         undelivered=undelivered,
     )
+
+
+def bring_back(wiring: Wiring, snapshot: Snapshot) -> None:
+    """Have `wiring`, whose rings are not set, as the one was that `snapshot` is of."""
+    wiring.link = snapshot.link
+    wiring.busyloop = snapshot.busyloop
+    wiring.side.follow(snapshot.order)
+    wiring.side.handed_on = True  # until it starts
+    wiring.side.offer = snapshot.tap.offer
+    wiring.side.before = snapshot.tap.before
+    for pair in wiring.pairs:
+        for ring, call in enumerate(pair.calls):
+            was = snapshot.rings[2 * pair.index + ring]
+            (pair.stopped.add if was.stopped else pair.stopped.discard)(ring)
+            call.unmask()
+            if was.masked:
+                call.mask(pending=was.pending)

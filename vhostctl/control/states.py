@@ -36,6 +36,7 @@ def _in(*states: State) -> frozenset[State]:
     return frozenset(states)
 
 
+_BEFORE = (State.NEW, State.OPENED, State.OWNED, State.NEGOTIATED, State.MAPPED)
 _PLACED = _in(State.RINGS_SET, State.RUNNING, State.STOPPED)
 
 CALLS: dict[str, Call] = {
@@ -44,6 +45,7 @@ CALLS: dict[str, Call] = {
     "negotiate": Call(_in(State.OWNED), State.NEGOTIATED),
     "map": Call(_in(State.NEGOTIATED), State.MAPPED),
     "prepare": Call(_in(State.NEW), State.MAPPED),
+    "catch_up": Call(_in(*_BEFORE, State.STOPPED)),
     "set_rings": Call(_in(State.MAPPED, State.STOPPED), State.RINGS_SET),
     "start": Call(_in(State.MAPPED, State.RINGS_SET, State.STOPPED), State.RUNNING),
     "stop": Call(_in(State.RUNNING), State.STOPPED),

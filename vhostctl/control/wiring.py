@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Protocol
 
 from vhostctl.abi import virtio
-from vhostctl.abi.vhost import VHOST_BACKEND_F_IOTLB_MSG_V2
-from vhostctl.control.addressspace import AddressSpace, MemoryListener, Pin, VhostMemory
+from vhostctl.abi.vhost import VHOST_BACKEND_F_IOTLB_MSG_V2, VHOST_F_LOG_ALL
+from vhostctl.control.addressspace import AddressSpace, MemoryListener, VhostMemory
 from vhostctl.control.dirtylog import DirtyLog
-from vhostctl.control.features import (
-    TAP_BITS,
-    NegotiationResult,
-    Policy,
-    mask,
-    negotiate,
-    tap_features,
-)
+from vhostctl.control.features import TAP_BITS, NegotiationResult, Policy, mask, negotiate
 from vhostctl.control.iotlb import Iotlb
 from vhostctl.control.iovamap import IovaMap
 from vhostctl.control.memtable import MemoryTable
-from vhostctl.control.multiqueue import compact
 from vhostctl.control.pair import VhostPair
 from vhostctl.control.rings import RingPlacement, VirtQueue, check_size, place_rings
+from vhostctl.control.tapside import TapSide
 from vhostctl.errors import InvalidArgument, StateError
 from vhostctl.host.eventfd import EventFd
 from vhostctl.host.memory import GuestMemory
-from vhostctl.host.tap import MAX_QUEUES, UNLIMITED, Tap, TapQueue
+from vhostctl.host.tap import MAX_QUEUES, UNLIMITED, Tap
 from vhostctl.host.vhost import DEFAULT_PATH, Region, VhostNet
 
 DRIVER_BITS = mask(
@@ -82,6 +78,10 @@ class SessionConfig:
             raise InvalidArgument(f"busyloop of {self.busyloop} us", hint="use 0 to 2^32 - 1")
 
 
+EVENTS = ("kick", "call", "error")
+"""What the eventfds of a ring are called."""
+
+
 @dataclass(frozen=True, slots=True)
 class Handed:
     """What the caller brings along and keeps; None or empty for what is to be opened here.
@@ -100,6 +100,8 @@ class Handed:
 
     def check(self, pairs: int) -> None:
         """Raise InvalidArgument unless there is one of each for each of `pairs`, or none."""
+        for name in {name for ring in self.events for name in ring} - set(EVENTS):
+            raise InvalidArgument(f"event {name!r}", hint=f"a ring has {', '.join(EVENTS)}")
         for kind, count, each in (
             ("vhost devices", len(self.vhost), 1),
             ("tap queues", len(self.tap.queues) if self.tap else 0, 1),
@@ -113,24 +115,6 @@ class Handed:
                 )
 
 
-@dataclass(frozen=True, slots=True)
-class TapSettings:
-    """What a queue of a tap had before it was adapted; offloads cannot be asked for."""
-
-    header_size: int
-    sndbuf: int
-
-    @classmethod
-    def of(cls, queue: TapQueue) -> Self:
-        """Ask `queue`. Raises KernelError."""
-        return cls(queue.vnet_hdr_size(), queue.sndbuf())
-
-    def apply(self, queue: TapQueue) -> None:
-        """Give it back to `queue`."""
-        queue.set_vnet_hdr_size(self.header_size)
-        queue.set_sndbuf(self.sndbuf)
-
-
 class _Identity:
     """Has every region mapped at its guest physical address, as a memory listener."""
 
@@ -139,10 +123,14 @@ class _Identity:
 
     def commit(self, before: MemoryTable, after: MemoryTable) -> None:
         old, new = ({(r.gpa, r.size) for r in table.regions} for table in (before, after))
-        for gpa, size in old - new:
-            self._iotlb.unmap(gpa, size)
-        for gpa, size in new - old:
-            self._iotlb.map(gpa, size, gpa)
+        with ExitStack() as back:
+            for gpa, size in old - new:
+                self._iotlb.unmap(gpa, size)
+                back.callback(self._iotlb.map, gpa, size, gpa)
+            for gpa, size in new - old:
+                self._iotlb.map(gpa, size, gpa)
+                back.callback(self._iotlb.unmap, gpa, size)
+            back.pop_all()
 
 
 class Wiring:
@@ -153,26 +141,29 @@ class Wiring:
     ) -> None:
         self.config = config
         self.handed = handed
-        self.memory = handed.memory or AddressSpace()
-        self.tap = handed.tap
+        self.memory = AddressSpace() if handed.memory is None else handed.memory
+        self.side = TapSide(
+            handed.tap,
+            config.queues,
+            config.sndbuf,
+            open_tap or (lambda: Tap.open(config.tap, config.queues)),
+        )
         self.queues: list[VirtQueue] = []
         self.pairs: list[VhostPair] = []
-        self.order = list(range(config.queues))
-        """The enabled pair at each of the tap's queue indices."""
-        self.masked: dict[int, bool] = {}
-        """Queues whose call is masked from the start: whether one came already."""
+        self.owned: set[int] = set()
+        """Pairs whose device is ours already."""
+        self.link = True
+        """Whether backends are attached while the session runs."""
         self.busyloop = config.busyloop
         self.negotiated = NegotiationResult(0, 0, 0, 0)
         self.log = DirtyLog(self.pairs, self.memory.table)
+        self.log_offered = False
         self.iotlb: Iotlb | None = None
         self.arena = (0, 0)
         self._mapped: GuestMemory | None = None
         self._made: list[EventFd] = []
-        self._pins: dict[int, list[Pin]] = {}
+        self._pins: dict[int, ExitStack] = {}
         self._listeners: list[MemoryListener] = []
-        self._tap_before: dict[int, TapSettings] = {}
-        self._opened_tap: Tap | None = None
-        self._open_tap = open_tap or (lambda: Tap.open(config.tap, config.queues))
 
     def map_memory(self) -> None:
         """Map guest memory of our own."""
@@ -183,12 +174,11 @@ class Wiring:
 
     def unmap_memory(self) -> None:
         """Undo `map_memory`."""
-        if self._mapped is not None:
-            with self.memory.transaction():
-                for region in self.memory.regions:
+        mapped, self._mapped = self._mapped, None
+        if mapped is not None:
+            with mapped, self.memory.transaction():
+                for region in mapped.regions:
                     self.memory.remove(region)
-            self._mapped.close()
-            self._mapped = None
 
     def place(self) -> None:
         """Lay out the rings from the start of memory, unless they lie somewhere; make eventfds."""
@@ -205,7 +195,7 @@ class Wiring:
             queue = VirtQueue(ring, dict(given))
             self.queues.append(queue)
             self._pin(index, ring)
-            for name in ("kick", "call", "error"):
+            for name in EVENTS:
                 if name not in given:
                     queue.events[name] = EventFd.create(f"{name} of queue {index}")
                     self._made.append(queue.events[name])
@@ -213,16 +203,17 @@ class Wiring:
             self._add_pair(pair, device)
 
     def _pin(self, index: int, placement: RingPlacement) -> None:
-        pins: list[Pin] = []
-        if not self.config.translating:  # else they are no addresses of guest memory's
-            for part, (gpa, length) in placement.parts().items():
-                pins.append(self.memory.pin(gpa, length, f"queue {index} {part}"))
-        self._unpin(index)
-        self._pins[index] = pins
+        with ExitStack() as pins:
+            if not self.config.translating:  # else they are no addresses of guest memory's
+                for part, (gpa, length) in placement.parts().items():
+                    what = f"queue {index} {part}"
+                    pins.enter_context(self.memory.pin(gpa, length, what))
+            self._unpin(index)
+            self._pins[index] = pins.pop_all()
 
     def _unpin(self, index: int) -> None:
-        for pin in self._pins.pop(index, ()):
-            pin.close()
+        if index in self._pins:
+            self._pins.pop(index).close()
 
     def move_ring(self, index: int, placement: RingPlacement) -> None:
         """Have queue `index` lie somewhere else from now on. Raises InvalidArgument."""
@@ -241,29 +232,10 @@ class Wiring:
         self.pairs.clear()
         self.queues.clear()
 
-    def attach_tap(self) -> None:
-        """Open the tap's queues."""
-        self.tap = self._opened_tap = self._open_tap()
-        queues, wanted = self.tap.queues, set(self.order)
-        self.order[:] = range(len(queues))
-        for pair in set(self.order) - wanted:
-            queues[pair].disable()
-            compact(self.order, pair)
-
-    def detach_tap(self) -> None:
-        """Undo `attach_tap`; a tap that took its place is its owner's."""
-        if self._opened_tap is not None:
-            self._opened_tap.close()
-        self.tap = self._opened_tap = None
-
     def _add_pair(self, index: int, device: VhostNet) -> None:
         queues = self.queues[2 * index : 2 * index + 2]
         prime = self._prime if self.config.translating else None
-        pair = VhostPair(index, device, queues, self._locate, prime)
-        self.pairs.append(pair)
-        for ring, call in enumerate(pair.calls):
-            if 2 * index + ring in self.masked:
-                call.mask(pending=self.masked[2 * index + ring])
+        self.pairs.append(VhostPair(index, device, queues, self._locate, prime))
 
     def _locate(self, gpa: int, length: int, what: str) -> int:
         return gpa if self.config.translating else self.memory.hva(gpa, length, what)
@@ -282,28 +254,34 @@ class Wiring:
         """Undo the `open_vhost` of `pair`."""
         for opened in self.pairs[pair:]:
             opened.close()
+            self.owned.discard(opened.index)
         del self.pairs[pair:]
 
     def choose_worker(self, pair: int) -> None:
         """VHOST_SET_FORK_FROM_OWNER, where the caller has a wish."""
-        if not self.pairs[pair].owned:
+        if pair not in self.owned:
             self.pairs[pair].vhost.set_fork_from_owner(self.config.worker == "task")
 
+    def own(self, pair: int) -> None:
+        """VHOST_SET_OWNER, once: a device that was handed in stays ours."""
+        if pair not in self.owned:
+            self.pairs[pair].vhost.set_owner()
+            self.owned.add(pair)
+
     def negotiate(self) -> None:
-        """Ask device and tap what they offer and settle the features."""
+        """Ask devices and tap what they offer and settle the features."""
+        offers = [pair.vhost.get_features() for pair in self.pairs]
+        device = functools.reduce(operator.and_, offers)
+        wanted = self.config.driver | self.config.policy.required
+        self.log_offered = bool(device >> VHOST_F_LOG_ALL & 1)
         self.negotiated = negotiate(
             driver=self.config.driver,
-            device=self.pairs[0].vhost.get_features(),
-            tap=self._tap_features(),
+            device=device,
+            tap=self.side.features() if wanted & TAP_BITS else 0,
             vmm=self.config.vmm,
             policy=self.config.policy,
             translating=self.config.translating,
         )
-
-    def _tap_features(self) -> int:
-        """Ask the tap, which tells only by trying, if the driver cares."""
-        wanted = self.config.driver | self.config.policy.required
-        return tap_features(self.tap_queue(0).offloads()) if wanted & TAP_BITS else 0
 
     def set_backend_features(self, pair: int) -> None:
         """VHOST_SET_BACKEND_FEATURES: the IOTLB's second message format, if it is offered."""
@@ -311,42 +289,13 @@ class Wiring:
         wanted = 1 << VHOST_BACKEND_F_IOTLB_MSG_V2
         device.set_backend_features(device.get_backend_features() & wanted)
 
-    def adapt(self, queue: TapQueue) -> None:
-        """Make a tap's queue agree with what was negotiated."""
-        queue.set_vnet_hdr_size(self.negotiated.header_size)
-        queue.set_vnet_le(self.negotiated.endian == "little")
-        queue.set_offload(self.negotiated.offload)
-        queue.set_sndbuf(self.config.sndbuf)
-
-    def configure_tap(self, pair: int) -> None:
-        """`adapt` the tap's queue of `pair`."""
-        queue = self.tap_queue(pair)
-        self._tap_before[pair] = TapSettings.of(queue)
-        self.adapt(queue)
-
-    def restore_tap(self, pair: int) -> None:
-        """Undo `configure_tap`: a tap that outlives us has its header size back."""
-        before = self._tap_before.pop(pair, None)
-        if before is not None and self.tap is not None:
-            before.apply(self.tap.queues[pair])
-
-    def exchange_tap(self, tap: Tap, before: dict[int, TapSettings], order: Sequence[int]) -> None:
-        """Have `tap`, which had `before`, in the place of the tap so far."""
-        for pair in range(self.config.queues):
-            self.restore_tap(pair)
-        self.detach_tap()
-        self.tap, self._tap_before = tap, before
-        self.order[:] = order
-
     def enabled(self, pair: int) -> bool:
         """Return whether `pair` takes part."""
-        return pair in self.order
+        return pair in self.side.order
 
-    def tap_queue(self, pair: int) -> TapQueue:
-        """Return the tap's queue that serves `pair`."""
-        if self.tap is None:
-            raise StateError("there is no tap yet")
-        return self.tap.queues[pair]
+    def wanted(self, pair: VhostPair, ring: int) -> bool:
+        """Return whether a ring is to have a backend while the session runs."""
+        return self.link and self.enabled(pair.index) and ring not in pair.stopped
 
     def translate(self) -> None:
         """Have somebody who answers IOTLB misses."""
@@ -369,8 +318,8 @@ class Wiring:
                 self._listen(_Identity(self.iotlb))
 
     def _listen(self, listener: MemoryListener) -> None:
+        self._listeners.append(listener)  # first: an interrupt may come behind the other
         self.memory.register(listener)
-        self._listeners.append(listener)
 
     def set_mem_table(self, pair: int) -> None:
         """VHOST_SET_MEM_TABLE, and again whenever memory changes."""

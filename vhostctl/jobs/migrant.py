@@ -8,12 +8,10 @@ one request at a time. It ends when the caller's end is closed.
 from __future__ import annotations
 
 import json
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +19,13 @@ from typing import Any
 from vhostctl.control.addressspace import AddressSpace
 from vhostctl.control.session import Session
 from vhostctl.control.snapshot import Snapshot
-from vhostctl.control.states import State
+from vhostctl.control.wiring import EVENTS
 from vhostctl.errors import CheckFailed, InvalidArgument, VhostctlError
 from vhostctl.host.closing import Closing
 from vhostctl.host.eventfd import EventFd
 from vhostctl.host.memory import MappedRegion
 from vhostctl.host.tap import Tap, TapQueue
 
-_EVENTS = ("kick", "call", "error")
 _MOST = 253  # SCM_MAX_FD of include/net/scm.h: descriptors in one message
 _LONGEST = 1 << 17  # bytes of a message
 _PATIENCE = 120.0  # seconds for an answer; an emulated machine starts an interpreter in some
@@ -57,7 +54,7 @@ class Possessions:
         found = cls(
             tuple(region.fileno() for region in shared),
             tuple(queue.fileno() for queue in session.tap.queues),
-            tuple(queue.events[name].fileno() for queue in session.queues for name in _EVENTS),
+            tuple(queue.events[name].fileno() for queue in session.queues for name in EVENTS),
         )
         if len(found.all()) > _MOST:
             raise InvalidArgument(
@@ -73,8 +70,8 @@ class Possessions:
 class Migrant(Closing):
     """Another process with a session that is prepared, and started and suspended on request.
 
-    Every method raises CheckFailed with what the other process has to say, and
-    KernelError (ETIMEDOUT) if it says nothing.
+    Every method raises CheckFailed with what the other process has to say, or that it says
+    nothing any more.
     """
 
     def __init__(self, snapshot: Snapshot, device: str, possessions: Possessions) -> None:
@@ -91,6 +88,7 @@ class Migrant(Closing):
                     [sys.executable, "-m", __name__, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
+                    process_group=0,  # ctrl-C at a terminal is for the caller
                 )
             self._stack.callback(self._end)
             request = {"device": device, "snapshot": snapshot.to_json()}
@@ -101,30 +99,38 @@ class Migrant(Closing):
             self.close()
             raise
 
-    def start(self, bases: Sequence[int]) -> int:
-        """Start the rings at `bases`; return when they ran, in ns of CLOCK_MONOTONIC."""
-        return int(self._ask({"start": list(bases)})["at"])
+    def start(self, snapshot: Snapshot) -> int:
+        """Start the rings where `snapshot` has them; return when they ran (monotonic ns)."""
+        return int(self._ask({"start": snapshot.to_json()})["at"])
 
     def suspend(self) -> tuple[int, Snapshot]:
-        """Stop the rings; return when that began, as `start()` does, and where they stand."""
+        """Stop the rings; return when that began (monotonic ns), and where they stand."""
         answer = self._ask({"suspend": True})
         return int(answer["at"]), Snapshot.from_json(answer["snapshot"])
 
     def _ask(self, request: dict[str, object]) -> dict[str, Any]:
-        self._socket.send(json.dumps(request).encode())
+        try:
+            self._socket.send(json.dumps(request).encode())
+        except OSError as error:
+            raise CheckFailed(f"{self._label} has ended: {error.strerror}") from error
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        data = self._socket.recv(_LONGEST)
+        try:
+            data = self._socket.recv(_LONGEST)
+        except OSError as error:
+            raise CheckFailed(f"{self._label} does not answer: {error}") from error
         answer: dict[str, Any] = json.loads(data) if data else {"error": "it ended"}
         if "error" in answer:
             raise CheckFailed(f"{self._label}: {answer['error']}")
         return answer
 
     def _end(self) -> None:
+        self._socket.close()
         try:
-            self._socket.close()
             self._process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            raise CheckFailed(f"{self._label} had to be killed") from error
         finally:
             if self._process.poll() is None:
                 self._process.kill()
@@ -148,9 +154,10 @@ def serve(sock: socket.socket) -> None:
         while data := sock.recv(_LONGEST):
             request = json.loads(data)
             if "start" in request:
-                session.start(request["start"])
+                session.catch_up(Snapshot.from_json(request["start"]))
+                session.start()
                 _say(sock, at=time.monotonic_ns())
-            elif session.state is State.RUNNING:
+            else:
                 at = time.monotonic_ns()
                 _say(sock, snapshot=session.suspend().to_json(), at=at)
 
@@ -176,7 +183,7 @@ def _take_over(stack: ExitStack, snapshot: Snapshot, device: str, fds: list[int]
     events = [
         {
             name: stack.enter_context(EventFd.adopt(next(take), f"{name} of queue {index}"))
-            for name in _EVENTS
+            for name in EVENTS
         }
         for index in range(2 * pairs)
     ]
@@ -187,8 +194,6 @@ def _take_over(stack: ExitStack, snapshot: Snapshot, device: str, fds: list[int]
 
 def main() -> None:
     """Serve on the descriptor that the command line names."""
-    # Ctrl-C is for the caller, whose end closes this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A caller that is gone is told nothing.
     with socket.socket(fileno=int(sys.argv[1])) as sock, suppress(ConnectionError):
         try:

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field, replace
 
 from vhostctl.control.wiring import SessionConfig
 from vhostctl.errors import CheckFailed, InvalidArgument
-from vhostctl.jobs.hosttraffic import PATIENCE, Tally
+from vhostctl.jobs.hosttraffic import Tally
 from vhostctl.jobs.migrant import Migrant, Possessions
+from vhostctl.jobs.running import Running
 from vhostctl.jobs.selftest import wire_config
 from vhostctl.jobs.traffic import Progress, Traffic
 from vhostctl.jobs.wire import Wire
 
 _ENDLESS = 1 << 62
+_LOOK = 0.5  # seconds between two looks at traffic that stands still
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +63,14 @@ class _Meter:
         if self._progress is not None:
             self._progress(count)
 
-    def wait(self, count: float) -> None:
-        """Wait until so many more have gone."""
+    def wait(self, count: float, running: Running) -> bool:
+        """Wait until so many more have gone; False if the traffic has ended before."""
         with self._changed:
             until = self._done + count
             while self._done < until:
-                before = self._done
-                if not self._changed.wait(2 * PATIENCE) and self._done == before:
-                    raise CheckFailed(f"traffic stopped after {self._done:.0f} datagrams")
+                if not self._changed.wait(_LOOK) and not running.alive:
+                    return False
+        return True
 
 
 def migrate(
@@ -83,6 +85,8 @@ def migrate(
     """
     if len(devices) < 2:
         raise InvalidArgument("a move needs two devices", hint="name them in their order")
+    if frames < 1:
+        raise InvalidArgument(f"{frames} frames", hint="send at least one")
     config = replace(config, device=devices[0])
     hops: list[Hop] = []
     with ExitStack() as stack:
@@ -91,15 +95,21 @@ def migrate(
         traffic.ping()
         meter = _Meter(progress)
         migrants = stack.enter_context(ExitStack())  # they serve until the traffic has ended
-        with traffic.in_background(_ENDLESS, meter.add):
-            meter.wait(2 * frames)
+        with traffic.in_background(_ENDLESS, meter.add) as running:
+            flowing = meter.wait(2 * frames, running)
             source: Migrant | None = None
             for before, device in itertools.pairwise(devices):
+                if not flowing:
+                    break
                 source, hop = _hop(migrants, wire, source, before, device)
                 hops.append(hop)
-                meter.wait(2 * frames)
-        kept = sum(hop.undelivered for hop in hops)
-        problems = traffic.problems() + [f"{kept} frames kept by a device"] * bool(kept)
+                flowing = meter.wait(2 * frames, running)
+        found = {
+            "frames kept by a device": sum(hop.undelivered for hop in hops),
+            "ring errors": sum(wire.session.ring_errors()),
+            "moves not made": len(devices) - 1 - len(hops),
+        }
+        problems = traffic.problems() + [f"{n} {what}" for what, n in found.items() if n]
         return MigrateReport(
             queues=config.queues,
             features=wire.session.snapshot().features,
@@ -122,7 +132,7 @@ def _hop(
     else:
         stopped, snapshot = source.suspend()
     bases = tuple(ring.base for ring in snapshot.rings)
-    started = target.start(bases)
+    started = target.start(snapshot)
     if source is not None:
         source.close()
     down = (started - stopped) / 1e6

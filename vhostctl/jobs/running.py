@@ -40,6 +40,11 @@ class Running:
         """The thread's number; valid inside the with block."""
         return self._thread.native_id or 0
 
+    @property
+    def alive(self) -> bool:
+        """Whether the loop goes on."""
+        return self._thread.is_alive()
+
     def check(self) -> None:
         """Raise the loop's error if it ended with one."""
         if self._error is not None:
