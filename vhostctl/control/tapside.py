@@ -142,8 +142,9 @@ class TapSide:
         self.order[:] = order
 
         def let_go() -> None:
-            for pair, settings in had.items():
-                settings.apply(old.queues[pair])
+            # Last first: it is one setting of the tap, and the first queue saw the original.
+            for pair in sorted(had, reverse=True):
+                had[pair].apply(old.queues[pair])
             if opened is not None:
                 opened.close()
 

@@ -254,7 +254,8 @@ def rings_invalidated(target: Target) -> None:
 
 def _denied(target: Target, queue: Queue) -> None:
     queue.wait_errors(1)
-    target.check("errors", queue.errors(), 1)
+    # One for each try: a kick and a frame may come to a worker as two.
+    target.check("errors", queue.errors() >= 1, True)
     target.check("base", queue.base(), 0)
     target.check("used index", queue.used_idx, 0)
     target.check("misses", _misses(queue.rig), [])
