@@ -8,6 +8,8 @@ import struct
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,18 +17,16 @@ from typing import Any, Self
 import pyroute2
 
 from vhostctl.abi import tun, virtio
-from vhostctl.control.multiqueue import QueuePairs
-from vhostctl.control.pair import VhostPair
-from vhostctl.control.rings import VirtQueue, place_rings
+from vhostctl.control.session import Session
+from vhostctl.control.wiring import SessionConfig
 from vhostctl.guest.driver import NetDriver
 from vhostctl.guest.endpoint import Endpoint
-from vhostctl.host.eventfd import EventFd
-from vhostctl.host.memory import GuestMemory
 from vhostctl.host.netns import NetNamespace
-from vhostctl.host.tap import UNLIMITED, Tap
-from vhostctl.host.vhost import RX, TX, VhostNet
+from vhostctl.host.tap import Tap
+from vhostctl.host.vhost import RX
 from vhostctl.jobs.running import Running
 
+FEATURES = 1 << virtio.VIRTIO_F_VERSION_1 | 1 << virtio.VIRTIO_NET_F_MRG_RXBUF
 PAIRS = 4
 SIZE = 256
 HOST, GUEST = "192.0.2.1", "192.0.2.2"
@@ -56,53 +56,18 @@ class Rig:
 
     def _make(self, device: str) -> None:
         enter = self._stack.enter_context
-        memory = enter(GuestMemory.anonymous(16 << 20))
-        (region,) = memory.regions
-        self.tap = enter(self.namespace.run(lambda: Tap.open("tap0", PAIRS)))
-        for queue in self.tap.queues:
-            queue.set_vnet_hdr_size(12)
-            queue.set_sndbuf(UNLIMITED)
+        config = SessionConfig("tap0", device, queues=PAIRS, queue_size=SIZE, memory_size=16 << 20)
+        config = replace(config, driver=FEATURES)
+        open_tap = partial(self.namespace.run, partial(Tap.open, "tap0", PAIRS))
+        self.session = enter(Session(config, open_tap=open_tap))
+        assert self.session.tap is not None
+        self.tap = self.session.tap
         self.tap.queues[0].set_offload(tun.TUN_F_CSUM)  # for bursts of UDP
         self.namespace.run(self._set_up_link)
-        rings, end = place_rings(region.gpa, 2 * PAIRS, SIZE)
-        features = 1 << virtio.VIRTIO_F_VERSION_1 | 1 << virtio.VIRTIO_NET_F_MRG_RXBUF
-        self.pairs: list[VhostPair] = []
-        for index in range(PAIRS):
-            queues = [
-                VirtQueue(
-                    ring,
-                    {name: enter(EventFd.create(name)) for name in ("kick", "call", "error")},
-                )
-                for ring in rings[2 * index : 2 * index + 2]
-            ]
-            pair = VhostPair(
-                index, VhostNet.at(device), queues, lambda gpa, size, _: memory.hva(gpa, size)
-            )
-            self._stack.callback(pair.close)
-            self.pairs.append(pair)
-            pair.set_owner()
-            pair.set_features(features)
-            pair.vhost.set_mem_table(memory.regions)
         self.driver = enter(
-            NetDriver(
-                memory,
-                [(pair.queues[RX], pair.queues[TX]) for pair in self.pairs],
-                features,
-                (end, region.gpa + region.size - end),
-            )
+            NetDriver(self.session, self.session.pairs, self.session.features, self.session.arena)
         )
-        for pair in self.pairs:
-            for ring in (RX, TX):
-                pair.set_num(ring)
-                pair.set_base(ring, 0)
-                pair.set_addresses(ring)
-                pair.set_kick(ring)
-                pair.set_call(ring)
-                pair.set_err(ring)
-            for ring in (RX, TX):
-                pair.attach(ring, self.tap.queues[pair.index].fileno())
-                self._stack.callback(pair.detach, ring)
-        self.switch = QueuePairs(self.pairs, self.tap.queues)
+        self.session.start()
 
     def _set_up_link(self) -> None:
         Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").write_text("1")
@@ -151,7 +116,7 @@ class Rig:
 
     def base(self, pair: int) -> int:
         """Return how far the device is in the receive ring of `pair`."""
-        return self.pairs[pair].base(RX)
+        return self.session.devices[pair].base(RX)
 
     def __enter__(self) -> Self:
         return self

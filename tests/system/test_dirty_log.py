@@ -111,6 +111,21 @@ def test_used_rings_and_received_frames_are_logged_and_nothing_else(wire: Wire) 
         assert not pages.within(part), f"{part.gpa:#x}"
 
 
+def test_translated_writes_are_logged_by_guest_address(device: str) -> None:
+    config = wire_config(SessionConfig(device=device, queue_size=SIZE, translating=True))
+    with Wire(config) as wire:
+        layout = Layout.of(wire)
+        wire.session.start_log()
+        with Flow(wire) as flow:
+            flow.go_on(2)
+            assert flow.end() == []
+        wire.session.stop()
+        pages = wire.session.stop_log()
+    assert pages.within(layout.receive)
+    assert all(pages.within(used) for used in layout.used)
+    assert not any(pages.within(part) for part in layout.driver)
+
+
 def send_one(wire: Wire, pair: int = 0) -> None:
     """Send a frame and wait until the device has given it back."""
     stats = wire.driver.pairs[pair].stats

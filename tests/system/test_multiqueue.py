@@ -50,16 +50,16 @@ def test_each_pair_off_and_on_under_load(rig: Rig, seconds: float) -> None:
                 break
             pair = (turn * 3 + turn // PAIRS) % PAIRS
             time.sleep(PAUSE)
-            done = rig.switch.disable(pair)
+            done = rig.session.disable_pair(pair)
             assert done.steered
             dropped += done.dropped
-            assert rig.switch.enabled == [other != pair for other in range(PAIRS)]
+            assert list(rig.session.enabled) == [other != pair for other in range(PAIRS)]
             base, others = rig.base(pair), sum(received(rig))
             flows.renew()
             until(lambda: sum(received(rig)) > others, "the others have the flows")  # noqa: B023
             time.sleep(PAUSE)
             assert rig.base(pair) == base
-            rig.switch.enable(pair)
+            rig.session.enable_pair(pair)
             flows.renew()
         flows.stop()
         account(rig, flows, dropped)
@@ -75,16 +75,16 @@ def test_down_to_one_pair_and_up_again(rig: Rig) -> None:
         for off in ((0, 1, 2), (3, 1, 2), (1, 3, 0)):
             (last,) = set(range(PAIRS)) - set(off)
             for pair in off:
-                assert rig.switch.disable(pair).dropped == 0
-            assert rig.switch.enabled == [pair == last for pair in range(PAIRS)]
+                assert rig.session.disable_pair(pair).dropped == 0
+            assert list(rig.session.enabled) == [pair == last for pair in range(PAIRS)]
             assert rig.tap_queues() == (1, PAIRS - 1)
             with pytest.raises(InvalidArgument, match=f"pair {last} is the last"):
-                rig.switch.disable(last)
+                rig.session.disable_pair(last)
             before = received(rig)
             flows.renew()
             until(lambda: received(rig)[last] > before[last], "all flows to it")  # noqa: B023
             for pair in reversed(off):
-                rig.switch.enable(pair)
+                rig.session.enable_pair(pair)
             flows.renew()
             time.sleep(PAUSE)
         flows.stop()
@@ -95,7 +95,7 @@ def test_mq_command_ignored(rig: Rig) -> None:
     """Dragonball answers the guest's MQ command with OK and changes nothing."""
     with rig.guest(), Flows(rig) as flows:
         assert rig.tap_queues() == (PAIRS, 0)
-        rig.switch.disable(2)
+        rig.session.disable_pair(2)
         assert rig.tap_queues() == (PAIRS - 1, 1)
         base = rig.base(2)
         for _ in range(4):
@@ -103,7 +103,7 @@ def test_mq_command_ignored(rig: Rig) -> None:
             flows.renew()
         account(rig, flows, 0)
         assert rig.base(2) == base
-        rig.switch.enable(2)
+        rig.session.enable_pair(2)
         assert rig.tap_queues() == (PAIRS, 0)
         for _ in range(4):
             flows.burst()
@@ -113,13 +113,13 @@ def test_mq_command_ignored(rig: Rig) -> None:
 
 
 def test_again_changes_nothing(rig: Rig) -> None:
-    rig.switch.enable(1)
-    rig.switch.disable(1)
-    rig.switch.disable(1)
+    rig.session.enable_pair(1)
+    rig.session.disable_pair(1)
+    rig.session.disable_pair(1)
     assert rig.tap_queues() == (PAIRS - 1, 1)
     for pair in (-1, PAIRS):
         with pytest.raises(InvalidArgument, match=f"queue pair {pair}"):
-            rig.switch.disable(pair)
+            rig.session.disable_pair(pair)
 
 
 def test_a_guest_without_buffers_bounds_the_wait(rig: Rig) -> None:
@@ -129,13 +129,13 @@ def test_a_guest_without_buffers_bounds_the_wait(rig: Rig) -> None:
             rig.tap.queues[0].set_steering(program.fileno())
         flows.burst()
         begin = time.monotonic()
-        done = rig.switch.disable(2, timeout=0.3)
+        done = rig.session.disable_pair(2, timeout=0.3)
         assert time.monotonic() - begin < 10
         assert done.dropped > 0
         assert not flows.echoed
         flows.burst()
         flows.wait_settled(flows.sent // 2)
-        rig.switch.enable(2)
+        rig.session.enable_pair(2)
         with rig.guest(2):
             account(rig, flows, done.dropped)
 
@@ -148,8 +148,8 @@ def test_without_bpf_it_says_so(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> No
     with rig.guest(), Flows(rig) as flows:
         flows.start()
         time.sleep(PAUSE)
-        assert not rig.switch.disable(0).steered
-        rig.switch.enable(0)
+        assert not rig.session.disable_pair(0).steered
+        rig.session.enable_pair(0)
         flows.stop()
         flows.burst()
         flows.wait_settled(0, seconds=1)
