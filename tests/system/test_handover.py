@@ -59,6 +59,15 @@ def test_a_session_that_was_suspended_leaves_the_tap_to_its_successor(
         assert tap.queues[0].vnet_hdr_size() == 10, "as it was before the first"
 
 
+def test_who_suspends_for_itself_puts_the_tap_back(device: str, namespace: NetNamespace) -> None:
+    with namespace.run(lambda: Tap.open("tap0")) as tap:
+        with Session(config(device), tap=tap) as session:
+            session.start()
+            session.suspend(hand_on=False)
+            assert tap.queues[0].vnet_hdr_size() == 12
+        assert tap.queues[0].vnet_hdr_size() == 10
+
+
 def test_a_live_tap_is_not_tried_again(
     device: str, namespace: NetNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

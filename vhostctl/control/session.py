@@ -283,18 +283,18 @@ class Session(LiveSession):
         check(self.state, "snapshot")
         return take(self._wiring, self._bases)
 
-    def suspend(self, patience: float = 5.0) -> Snapshot:
+    def suspend(self, patience: float = 5.0, *, hand_on: bool = True) -> Snapshot:
         """Stop, and return what another session needs to go on: see `resume()`.
 
         Devices that read frames ahead of their rings have `patience` seconds to deliver
-        them; what is left of them then is lost, and counted in the snapshot. The tap stays
-        as it is, for whoever goes on.
+        them; what is left of them then is lost, and counted in the snapshot. With `hand_on`
+        the tap stays as it is, for whoever goes on, when this session closes.
         """
         check(self.state, "suspend")
         undelivered = changes.settle(self._wiring, patience)
         if self.state is State.RUNNING:
             self.stop()
-        self._wiring.side.handed_on = True
+        self._wiring.side.handed_on = hand_on
         return take(self._wiring, self._bases, undelivered)
 
     def close(self) -> None:
