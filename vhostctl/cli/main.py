@@ -12,7 +12,24 @@ import click
 from vhostctl.cli.exitcodes import ExitCode, exit_code
 from vhostctl.errors import VhostctlError, kernel_error
 
-_COMMANDS = ("bench", "conformance", "kmod", "lab", "migrate", "probe", "run", "selftest", "up")
+_COMMANDS = (
+    "bench",
+    "broker",
+    "conformance",
+    "doctor",
+    "down",
+    "kmod",
+    "lab",
+    "list",
+    "migrate",
+    "probe",
+    "run",
+    "selftest",
+    "service",
+    "status",
+    "up",
+    "workers",
+)
 
 
 class _Refused(click.ClickException):

@@ -17,7 +17,7 @@ from vhostctl.host.vhost import DEFAULT_PATH, ENGINE
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _or_engine(_context: click.Context, _option: click.Parameter, device: str | None) -> str:
+def or_engine(device: str | None) -> str:
     """Return `device`, or without one what is there: the kernel's vhost-net or the engine."""
     if device is not None or Path(DEFAULT_PATH).exists():
         return device or DEFAULT_PATH
@@ -32,12 +32,24 @@ device = click.option(
     metavar="DEVICE",
     help="vhost-net node, or engine for the one in this process.",
 )
-device_or_engine = click.option(
+maybe_device = click.option(
     "--device",
-    callback=_or_engine,
     metavar="DEVICE",
     help=f"vhost-net node, or engine; without it {DEFAULT_PATH}, or the engine if there is none.",
 )
+"""For `or_engine()` to complete."""
+
+
+def device_or_engine(function: Function) -> Function:
+    """Add --device; without it the device is what is there."""
+
+    @functools.wraps(function)
+    def with_device(*args: Any, device: str | None, **kwargs: Any) -> Any:
+        return function(*args, device=or_engine(device), **kwargs)
+
+    return maybe_device(cast(Function, with_device))
+
+
 node = click.option(
     "--device", default=DEFAULT_PATH, show_default=True, metavar="PATH", help="vhost-net node."
 )

@@ -1,4 +1,4 @@
-"""`vhostctl up`: a wiring in the foreground."""
+"""`vhostctl up`: a wiring in the foreground, or kept by the service."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from vhostctl.cli import options, render
+from vhostctl.abi import virtio
+from vhostctl.cli import asking, options, render
 from vhostctl.control.features import Policy
 from vhostctl.control.netsetup import LinkSettings
-from vhostctl.control.wiring import SessionConfig
-from vhostctl.jobs.guests import GuestIdentity, GuestSpec
 from vhostctl.jobs.up import Traffic, Up
-from vhostctl.jobs.wire import WireConfig
+from vhostctl.service.spec import DeviceSpec
 
 _REFRESH = 1.0
 
 
 @click.command()
-@click.argument("name")
-@click.option("--tap", required=True, metavar="TAP", help="Tap; made if it is missing.")
-@options.device_or_engine
+@click.argument("name", required=False)
+@click.option("--tap", metavar="TAP", help="Tap; made if it is missing.")
+@options.maybe_device
 @options.queues
 @options.queue_size
 @options.features
@@ -37,16 +39,21 @@ _REFRESH = 1.0
     metavar="GUEST",
     help="echo, sink, pcap:FILE or forward:IFACE.",
 )
+@click.option("--detach", is_flag=True, help="Let the service keep it; start one if none runs.")
+@asking.net_file
+@options.as_json
+@asking.place
+@click.pass_context
 def up(
-    name: str,
-    tap: str,
-    device: str,
-    queues: int,
-    queue_size: int,
-    policy: Policy,
-    settings: LinkSettings,
-    mac: str | None,
-    guest: str,
+    context: click.Context,
+    /,
+    name: str | None,
+    detach: bool,
+    file: Path | None,
+    as_json: bool,
+    state: Path,
+    socket: Path,
+    **described: Any,
 ) -> None:
     """Wire a tap to vhost-net and keep it until SIGINT or SIGTERM.
 
@@ -56,27 +63,83 @@ def up(
 
     A tap that exists is used as it is and stays; what was made here is removed at the end.
 
+    With --detach the service keeps it, and so it does with every device of a file: what is
+    there already stays as it is.
+
     \b
     Example: vhostctl up demo --tap tap0 --addr 192.0.2.1/24    (then: ping 192.0.2.2)
+             vhostctl up -f net.toml
     """
-    spec = GuestSpec.parse(guest)
-    identity = GuestIdentity.choose(name, mac, settings.addresses if spec.kind == "echo" else ())
-    session = SessionConfig(
+    if file is not None:
+        _refuse_others(context)
+        specs = asking.read_devices(file)
+    elif name is None or described["tap"] is None:
+        raise click.UsageError("NAME and --tap are missing, or -f.")
+    else:
+        specs = [_spec(name, **described)]
+    if file is None and not detach:
+        if as_json:
+            raise click.UsageError("--json goes with --detach or -f.")
+        _keep(specs[0])
+        return
+    with (
+        asking.service_at(socket, state) as client,
+        asking.Changes.shown("up/1", as_json=as_json) as changes,
+    ):
+        asking.bring_up(client, specs, changes)
+
+
+def _refuse_others(context: click.Context) -> None:
+    """Raise UsageError for what describes a device beside a file that does."""
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name not in ("file", "detach", "as_json", "state", "socket"):
+            raise click.UsageError(f"-f says it all: leave {parameter.opts[0]} out.")
+
+
+def _spec(
+    name: str,
+    *,
+    tap: str,
+    device: str | None,
+    queues: int,
+    queue_size: int,
+    policy: Policy,
+    settings: LinkSettings,
+    mac: str | None,
+    guest: str,
+) -> DeviceSpec:
+    spec = DeviceSpec(
+        name=name,
         tap=tap,
-        device=device,
+        device=options.or_engine(device),
         queues=queues,
         queue_size=queue_size,
-        policy=policy,
+        guest=guest,
+        addresses=settings.addresses,
+        mtu=settings.mtu,
+        bridge=settings.bridge,
+        mac=mac,
+        require=tuple(virtio.feature_names(policy.required)),
+        refuse=tuple(virtio.feature_names(policy.refused)),
     )
+    return asking.absolute(spec)
+
+
+def _keep(spec: DeviceSpec) -> None:
+    """Keep a device until SIGINT or SIGTERM."""
+    guest, identity = spec.guest_spec(), spec.identity()
+    name, tap = spec.name, spec.tap
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as ctrl-C: the way to end this
-    with Up(WireConfig(session, settings, isolated=False), spec, identity) as running:
+    with Up(spec.wire(), guest, identity) as running:
         where = ", ".join(filter(None, (identity.ipv4, identity.ipv6)))
-        at = f" at {where}" if where and spec.kind == "echo" else ""
+        at = f" at {where}" if where and guest.kind == "echo" else ""
         with suppress(KeyboardInterrupt), _line() as show:
-            click.echo(f"{name}: {tap} is up, guest {guest}{at}")
+            click.echo(f"{name}: {tap} is up, guest {spec.guest}{at}")
             before = running.traffic()
             while True:
                 time.sleep(_REFRESH)
+                running.check()
                 now = running.traffic()
                 show(f"{name}: {_rates(before, now)}")
                 before = now

@@ -121,6 +121,16 @@ class Links(Closing):
             **settings,
         )
 
+    def addresses(self, name: str) -> list[str]:
+        """Return the addresses of `name`, each such as 192.0.2.1/24."""
+        found = self._ask("query", name, self._route.get_addr, index=self._index(name))
+        # Of a point-to-point address IFA_ADDRESS is the other end's.
+        return [
+            f"{address.get_attr('IFA_LOCAL') or address.get_attr('IFA_ADDRESS')}"
+            f"/{address['prefixlen']}"
+            for address in found
+        ]
+
     def _address(self, action: str, name: str, cidr: str) -> None:
         interface = ipaddress.ip_interface(cidr)
         flags = {"flags": _IFA_F_NODAD} if interface.version == 6 else {}

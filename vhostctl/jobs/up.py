@@ -44,7 +44,7 @@ class Up(Closing):
         self._stack = ExitStack()
         self._running: list[Running] = []
         self._forwarders: list[Forwarder] = []
-        self._ring_errors = 0
+        self._ring_errors = [0] * 2 * config.session.queues
 
     def __enter__(self) -> Self:
         try:
@@ -59,11 +59,19 @@ class Up(Closing):
             raise
         return self
 
-    def traffic(self) -> Traffic:
-        """Return the counters of all pairs. Raises what ended a guest's loop."""
+    def check(self) -> None:
+        """Raise what ended a guest's loop."""
         for running in self._running:
             running.check()
-        self._ring_errors += sum(self._wire.session.ring_errors())
+
+    def ring_errors(self) -> list[int]:
+        """Return how often each ring was found malformed so far, in virtqueue order."""
+        for queue, count in enumerate(self._wire.session.ring_errors()):
+            self._ring_errors[queue] += count
+        return list(self._ring_errors)
+
+    def traffic(self) -> Traffic:
+        """Return the counters of all pairs."""
         stats = [pair.stats() for pair in self._wire.driver.pairs]
         return Traffic(
             seconds=time.monotonic(),
@@ -71,7 +79,7 @@ class Up(Closing):
             rx_bytes=sum(s.rx_bytes for s in stats),
             tx_frames=sum(s.tx_frames for s in stats),
             tx_bytes=sum(s.tx_bytes for s in stats),
-            errors=self._ring_errors
+            errors=sum(self.ring_errors())
             + sum(s.rx_errors + s.tx_errors for s in stats)
             + sum(forwarder.stats().dropped for forwarder in self._forwarders),
         )

@@ -1,0 +1,1 @@
+"""Devices that are kept: objects by name behind a QMP socket."""
