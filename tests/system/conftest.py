@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ import pytest
 from tests.support.needs import skip_without_device
 from vhostctl.host.netns import NetNamespace
 from vhostctl.host.worker import workers
+
+MANY = 1 << 16
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -65,3 +68,15 @@ def nothing_left() -> Iterator[None]:
 def namespace() -> Iterator[NetNamespace]:
     with NetNamespace() as fresh:
         yield fresh
+
+
+@pytest.fixture
+def descriptors() -> Iterator[None]:
+    """Let this process have more descriptors than a shell gives it."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MANY, max(MANY, before[1])))
+    except ValueError:  # without CAP_SYS_RESOURCE
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 
@@ -20,15 +18,6 @@ DEVICES = 64
 PAIRS = 2
 FEW = 12  # of how many the middle one counts: a tick may hit any one of them
 MOST = 1.3
-
-
-@pytest.fixture
-def descriptors() -> Iterator[None]:
-    """Let this process have as many descriptors as it may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.usefixtures("nothing_left", "descriptors")

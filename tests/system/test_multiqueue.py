@@ -40,6 +40,7 @@ def account(rig: Rig, flows: Flows, dropped: int) -> None:
     assert flows.changed == 0
 
 
+@pytest.mark.usefixtures("descriptors")  # every turn has flows of its own
 def test_each_pair_off_and_on_under_load(rig: Rig, seconds: float) -> None:
     dropped = 0
     deadline = time.monotonic() + seconds

@@ -62,7 +62,7 @@ def run(
     ends; one that was there is used as it is. Raises InvalidArgument (user, settings for
     a tap that exists) and KernelError (tap, device, program); nothing is left then.
     """
-    identity = None if user is None else _identity(user)
+    identity = identify(user)
     with ExitStack() as stack:
         opened = stack.enter_context(Tap.open(tap, queues))
         devices = [stack.enter_context(VhostNet.open(device)) for _ in range(queues)]
@@ -71,21 +71,37 @@ def run(
                 Plan(link_steps(links, tap, settings)).run()
         elif settings != LinkSettings():
             raise InvalidArgument(f"tap {tap} exists and is used as it is", hint="set it up first")
-        descriptors = Descriptors(
-            tuple(queue.fileno() for queue in opened.queues),
-            tuple(device.fileno() for device in devices),
-        )
-        _become(fill_in(argv, descriptors), descriptors, identity)
+        become(argv, opened, devices, identity)
 
 
-def _identity(user: str) -> pwd.struct_passwd:
+def become(
+    argv: Sequence[str],
+    tap: Tap,
+    devices: Sequence[VhostNet],
+    identity: pwd.struct_passwd | None = None,
+) -> NoReturn:
+    """Become `argv` with the queues of `tap` and `devices` open, as `identity` if it is given.
+
+    Raises KernelError (program, privileges); everything is still open then.
+    """
+    descriptors = Descriptors(
+        tuple(queue.fileno() for queue in tap.queues),
+        tuple(device.fileno() for device in devices),
+    )
+    _execute(fill_in(argv, descriptors), descriptors, identity)
+
+
+def identify(user: str | None) -> pwd.struct_passwd | None:
+    """Return the user that has this name or number; None for None. Raises InvalidArgument."""
+    if user is None:
+        return None
     try:
         return pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
     except KeyError as error:
         raise InvalidArgument(f"user {user!r}", hint="no such user here") from error
 
 
-def _become(
+def _execute(
     argv: list[str], descriptors: Descriptors, identity: pwd.struct_passwd | None
 ) -> NoReturn:
     for fd in (*descriptors.tap, *descriptors.vhost):
