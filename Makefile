@@ -18,8 +18,8 @@ NATIVE  := $(wildcard vhostctl/guest/src/*.[ch] kmod/core/*.[ch] kmod/user/*.[ch
 	   $(wildcard vhostctl/*/native.cdef vhostctl/*/build.py)
 
 # What of tests/system needs a vhost-net and no node; counted costs are for the lab.
-ON_ENGINE := address_space changes dirty_log gso handover iotlb load migrate multiqueue negotiation notifiers \
-	     peer_bugs selftest session
+ON_ENGINE := address_space changes dirty_log doctor gso handover iotlb load migrate multiqueue \
+	     negotiation notifiers peer_bugs selftest service service_qmp session workers
 SKIPS   := --allowed-skips .ci/allowed-skips.txt
 TWO     := -n 2 --dist loadgroup
 MARKS   := not soak

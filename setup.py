@@ -46,7 +46,14 @@ setup(
     ],
     extras_require={
         "lab": ["virtme-ng>=1.40"],
-        "test": ["hypothesis>=6", "mypy>=1.11", "pytest>=8", "pytest-xdist>=3", "qemu.qmp>=0.0.6", "ruff>=0.8"],
+        "test": [
+            "hypothesis>=6",
+            "mypy>=1.11",
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "qemu.qmp>=0.0.6",
+            "ruff>=0.8",
+        ],
     },
     entry_points={"console_scripts": ["vhostctl=vhostctl.cli.main:main"]},
 )

@@ -16,11 +16,16 @@ SKIPS = "--allowed-skips .ci/allowed-skips.txt"
 
 # A VM for each, so that two of them share the machine.
 SUITES = {
-    "sessions": "changes handover migrate missing negotiation peer_bugs run session tap_queue up vhost_requests",
+    "sessions": "changes handover migrate negotiation peer_bugs session tap_queue vhost_requests",
+    "commands": "missing run up",
     "selftest": "selftest",
     "memory": "address_space dirty_log iotlb",
     "traffic": "gso load multiqueue notifiers",
+    "users": "broker doctor workers",
+    "service": "service service_qmp",
 }
+# A command of a service starts an interpreter, which takes seconds there; CI has the engine.
+LONG = ["service"]
 COUNTED = "many"  # its figures are instructions
 
 
@@ -35,10 +40,14 @@ def test_every_file_is_run() -> None:
 
 
 @pytest.mark.vm
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize(
+    "suite",
+    [pytest.param(name, marks=[pytest.mark.soak] * (name in LONG)) for name in SUITES],
+)
 def test_a_suite_passes_in_a_vm(kernel: Kernel, module: Path, suite: str) -> None:
     # With our module beside the kernel's: sessions move from one to the other.
-    script = f'vhostctl kmod load "$1"; shift; exec {PYTEST} {SKIPS} "$@"'
+    load = 'vhostctl kmod load "$1"; shift; export VHOSTCTL_TEST_KILLS=3'
+    script = f'{load}; exec {PYTEST} {SKIPS} "$@"'
     argv = ["sh", "-ec", script, "sh", str(module), *files(SUITES[suite])]
     outcome = run(Machine(kernel), argv, 1500)
     print(outcome)
