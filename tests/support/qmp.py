@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from vhostctl.errors import InvalidArgument
+from vhostctl.host.listening import listening
 from vhostctl.service.commands import device_commands
 from vhostctl.service.qmp import QmpServer
 from vhostctl.service.schema import DeviceNotFound
-from vhostctl.service.sockets import listening
 from vhostctl.service.spec import DeviceSpec, DeviceStatus, TrafficStatus
 
 Emit = Callable[[str, dict[str, object]], None]

@@ -17,10 +17,9 @@ import pytest
 from tests.support.broker import GROUP, OTHER, USER, Held, World, as_user
 from tests.system.conftest import until
 from vhostctl.abi import tun
-from vhostctl.broker.listening import listening
 from vhostctl.broker.policy import Policy, Terms
 from vhostctl.broker.protocol import Refused
-from vhostctl.broker.server import Broker
+from vhostctl.broker.server import Broker, listener
 from vhostctl.broker.taps import claim
 from vhostctl.cli.exitcodes import ExitCode
 from vhostctl.errors import InvalidArgument, KernelError
@@ -67,7 +66,7 @@ def world(
     )
     second = Terms(users=(USER,), taps=("kthread-*",), devices=(device,), fork_from_owner=False)
     path = directory / "broker.sock"
-    with listening(path) as sock, Broker(sock, Policy.of([first, second])) as broker:
+    with listener(path) as sock, Broker(sock, Policy.of([first, second])) as broker:
         yield World(namespace, broker, path, device)
 
 

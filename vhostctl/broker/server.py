@@ -6,7 +6,10 @@ import logging
 import selectors
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
@@ -22,8 +25,9 @@ from vhostctl.broker.protocol import (
     denial,
     parse_request,
 )
-from vhostctl.errors import VhostctlError, kernel_error
+from vhostctl.errors import InvalidArgument, VhostctlError, kernel_error
 from vhostctl.host.closing import Closing
+from vhostctl.host.listening import listening
 
 PATIENCE = 5.0
 """Seconds that a caller has for its request."""
@@ -39,6 +43,18 @@ class _Caller:
     connection: socket.socket
     peer: Peer
     deadline: float
+
+
+@contextmanager
+def listener(path: Path) -> Iterator[socket.socket]:
+    """Yield the socket that systemd handed over, or one at `path` that is everybody's.
+
+    Raises InvalidArgument, also for more than one from systemd, and as `listening()`.
+    """
+    with listening(path, socket.SOCK_SEQPACKET, 0o666) as sockets:
+        if len(sockets) != 1:
+            raise InvalidArgument(f"{len(sockets)} sockets from systemd", hint="a broker takes one")
+        yield sockets[0]
 
 
 class Broker(Closing):

@@ -10,9 +10,8 @@ from pathlib import Path
 import click
 
 from vhostctl.broker import SOCKET
-from vhostctl.broker.listening import listening
 from vhostctl.broker.policy import Policy
-from vhostctl.broker.server import Broker
+from vhostctl.broker.server import Broker, listener
 
 
 @click.command()
@@ -53,6 +52,6 @@ def broker(policy_file: Path, path: Path) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     policy = Policy.load(policy_file)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as ctrl-C: the way to end this
-    with suppress(KeyboardInterrupt), listening(path) as sock, Broker(sock, policy) as running:
+    with suppress(KeyboardInterrupt), listener(path) as sock, Broker(sock, policy) as running:
         click.echo(f"listening on {sock.getsockname()}, {len(policy.rules)} rules", err=True)
         running.serve()

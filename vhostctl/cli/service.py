@@ -27,10 +27,10 @@ def service(file: Path | None, state: Path | None, socket: Path | None) -> None:
              qmp-shell /run/vhostctl/qmp.sock
     """
     # Imported here: those who only ask need neither netlink nor asyncio.
+    from vhostctl.host.listening import listening
     from vhostctl.service.commands import device_commands
     from vhostctl.service.manager import Manager
     from vhostctl.service.qmp import QmpServer
-    from vhostctl.service.sockets import listening
     from vhostctl.service.state import StateDirectory, default_socket, default_state
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

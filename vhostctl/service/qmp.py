@@ -19,11 +19,11 @@ from typing import Any
 import msgspec
 
 from vhostctl.errors import StateError, VhostctlError
+from vhostctl.host.listening import notify
 from vhostctl.service.basics import CAPABILITIES, basic_commands, this_version
 from vhostctl.service.connection import Connection
 from vhostctl.service.framing import MalformedError
 from vhostctl.service.schema import Command, CommandNotFound, DeviceNotFound
-from vhostctl.service.sockets import notify
 
 MOST_CLIENTS = 64
 

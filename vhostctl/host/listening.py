@@ -1,4 +1,4 @@
-"""The sockets that a service listens on, and what systemd is told."""
+"""AF_UNIX sockets to listen on, systemd's or our own, and what systemd is told."""
 
 from __future__ import annotations
 
@@ -15,19 +15,30 @@ _FIRST_FD = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 _BACKLOG = 64
 
 
-@contextmanager
-def listening(path: Path | None) -> Iterator[list[socket.socket]]:
-    """Yield the sockets of systemd (LISTEN_FDS), or one of our own at `path`, mode 0600.
+_DIRECTIVES = {
+    socket.SOCK_STREAM: "ListenStream=",
+    socket.SOCK_SEQPACKET: "ListenSequentialPacket=",
+}
 
+
+@contextmanager
+def listening(
+    path: Path | None,
+    kind: socket.SocketKind = socket.SOCK_STREAM,
+    mode: int = 0o600,
+) -> Iterator[list[socket.socket]]:
+    """Yield the sockets of systemd (LISTEN_FDS), or one of our own at `path`.
+
+    They are of `kind`, stream or sequential packet; a file that is made here has the `mode`.
     A socket file that nobody listens on any more is replaced; ours is removed at the end.
     Raises InvalidArgument (somebody listens there, or it is no socket; no path where one is
-    needed) and KernelError.
+    needed), EnvironmentMissing (systemd's are of another kind) and KernelError.
     """
-    sockets = _inherited()
+    sockets = _inherited(kind)
     if not sockets:
         if path is None:
             raise InvalidArgument("no socket to listen on", hint="name one, or let systemd")
-        sockets = [_bind(path)]
+        sockets = [_bind(path, kind, mode)]
         made = path.stat()
     else:
         made = None
@@ -42,7 +53,7 @@ def listening(path: Path | None) -> Iterator[list[socket.socket]]:
             each.close()
 
 
-def _inherited() -> list[socket.socket]:
+def _inherited(kind: socket.SocketKind) -> list[socket.socket]:
     """Return the sockets that the process was started with; its children get none of them."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
@@ -57,22 +68,22 @@ def _inherited() -> list[socket.socket]:
         except OSError as error:
             raise kernel_error(error.errno or 0, "LISTEN_FDS", f"descriptor {fd}") from error
         accepts = each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if not accepts or (each.family, each.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        if not accepts or (each.family, each.type) != (socket.AF_UNIX, kind):
             raise EnvironmentMissing(
-                f"descriptor {fd} of LISTEN_FDS is no listening AF_UNIX stream socket",
-                hint="set ListenStream= to a path in the socket unit",
+                f"descriptor {fd} of LISTEN_FDS is no listening AF_UNIX {kind.name} socket",
+                hint=f"set {_DIRECTIVES[kind]} to a path in the socket unit",
             )
         sockets.append(each)
     return sockets
 
 
-def _bind(path: Path) -> socket.socket:
-    _make_room(path)
-    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _bind(path: Path, kind: socket.SocketKind, mode: int) -> socket.socket:
+    _make_room(path, kind)
+    bound = socket.socket(socket.AF_UNIX, kind)
     try:
         bound.bind(str(path))
         try:
-            path.chmod(0o600)  # before listen(): until then nobody can connect
+            path.chmod(mode)  # before listen(): until then nobody can connect
             bound.listen(_BACKLOG)
         except BaseException:
             path.unlink()
@@ -88,12 +99,12 @@ def _bind(path: Path) -> socket.socket:
     return bound
 
 
-def _make_room(path: Path) -> None:
-    """Remove the socket file of a service that is gone."""
+def _make_room(path: Path, kind: socket.SocketKind) -> None:
+    """Remove the socket file of a process that is gone."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise InvalidArgument(f"{path} is there and no socket", hint="choose another path")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        with socket.socket(socket.AF_UNIX, kind) as probe:
             probe.setblocking(False)
             probe.connect(str(path))
     except FileNotFoundError:
@@ -107,7 +118,7 @@ def _make_room(path: Path) -> None:
         if error.errno is not None:
             raise kernel_error(error.errno, "connect", str(path), "check the path") from error
         return  # too long a path; bind() will say so
-    raise InvalidArgument(f"a service listens on {path} already", hint="choose another path")
+    raise InvalidArgument(f"somebody listens on {path} already", hint="choose another path")
 
 
 def notify(state: str) -> None:

@@ -1,4 +1,4 @@
-"""Where the service listens, what is left there, and what systemd hands over and is told."""
+"""Where one listens, what is left there, and what systemd hands over and is told."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from vhostctl.errors import InvalidArgument, KernelError
-from vhostctl.service.sockets import listening, notify
+from vhostctl.host.listening import listening, notify
 
 INHERITED = """
 import os, sys
 from pathlib import Path
-from vhostctl.service.sockets import listening
+from vhostctl.host.listening import listening
 os.dup2(int(sys.argv[2]), 3)
 os.environ["LISTEN_PID"] = str(os.getpid())
 try:
