@@ -78,7 +78,7 @@ packages:
 	@.ci/packages
 
 test-packages:
-	@.ci/packages dkms iperf3 perl sparse
+	@.ci/packages apparmor dkms iperf3 perl sparse
 
 .venv/ready: setup.py pyproject.toml $(NATIVE) | packages
 	$(PYTHON) -m venv .venv

@@ -98,7 +98,7 @@ OWNER = error(
 KVM_MISSING = note(
     "VHOST-KVM-MISSING",
     "No /dev/kvm: vhostctl does not need it, VMs are emulated without.",
-    "modprobe kvm_intel || modprobe kvm_amd",
+    "modprobe kvm_intel or kvm_amd",
 )
 KVM_ACCESS = note(
     "VHOST-KVM-ACCESS",
@@ -133,7 +133,8 @@ def check_kvm(system: System) -> Iterator[Finding]:
     """Look at /dev/kvm."""
     node = system.node(KVM_PATH)
     if node is None:
-        yield KVM_MISSING.found(f"{KVM_PATH}: No such file or directory")
+        remedy = "modprobe kvm_intel || modprobe kvm_amd"
+        yield KVM_MISSING.found(f"{KVM_PATH}: No such file or directory", remedy)
     elif number := system.open_error(KVM_PATH):
         remedy = _way_in(system, KVM_PATH, node) if not system.may_open(node) else ""
         said = f"{_describe(system, KVM_PATH, node)}, opening it gives {_errno(number)}"
