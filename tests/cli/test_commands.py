@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from vhostctl.cli.exitcodes import ExitCode
-from vhostctl.cli.main import main
+from vhostctl.cli.main import _COMMANDS, main
 from vhostctl.jobs.guests import GuestIdentity, GuestSpec
 from vhostctl.jobs.run import Descriptors, environment, fill_in
 
@@ -21,7 +21,7 @@ def vhostctl(*args: str) -> Result:
     return CliRunner().invoke(main, args)
 
 
-@pytest.mark.parametrize("command", ["", "bench", "lab", "probe", "run", "selftest", "up"])
+@pytest.mark.parametrize("command", ["", *_COMMANDS])
 def test_each_command_explains_itself(command: str) -> None:
     result = vhostctl(*filter(None, [command]), "--help")
     assert result.exit_code == ExitCode.OK

@@ -18,6 +18,7 @@ from vhostctl.host.worker import look_at_all
 QUEUES = 2
 WORKERS = QUEUES + 1
 START = 120  # seconds, under an emulator
+PARAMETER = Path("/sys/module/vhost/parameters/fork_from_owner_default")
 
 QEMU = ["qemu-system-x86_64", "-S", "-M", "pc,accel=tcg", "-m", "64", "-display", "none"]
 QEMU += ["-nodefaults"]
@@ -47,31 +48,52 @@ def lines(tid: int) -> list[str]:
 
 
 def kind() -> str:
-    """Return what vhost makes of a worker; Linux 6.1 has no choice (vhost.c)."""
-    parameter = Path("/sys/module/vhost/parameters/fork_from_owner_default")
-    return "task" if parameter.exists() and parameter.read_text() == "Y\n" else "kthread"
+    """Return what vhost makes of a worker; Linux 6.1 has no choice."""
+    return "task" if PARAMETER.exists() and PARAMETER.read_text() == "Y\n" else "kthread"
 
 
-def main() -> None:
-    subprocess.run(["modprobe", "-a", "vhost_net", "vhost_vsock", "tun"], check=True)
-    group = Path("/sys/fs/cgroup/vhost")
-    group.mkdir()
-    if kind() == "task":
-        (group / "cgroup.type").write_text("threaded")
+def load(*options: str) -> None:
+    """Load vhost with these options, whoever has loaded it before."""
+    modules = ["vhost_net", "vhost_vsock"]
+    subprocess.run(["modprobe", "-ra", *modules], check=True)
+    subprocess.run(["modprobe", "vhost", *options], check=True)
+    subprocess.run(["modprobe", "-a", *modules], check=True)
+
+
+def visit(group: Path) -> dict[str, Any]:
+    """Start a QEMU, look at its workers and put them elsewhere; return what was seen."""
     with subprocess.Popen(QEMU) as qemu:
         try:
             wait_for_workers(qemu)
-            pid = str(qemu.pid)
-            report: dict[str, Any] = {"pid": qemu.pid, "kind": kind(), "listed": workers()}
-            one = report["listed"]["workers"][0]["tid"]
+            listed = workers()
+            one = listed["workers"][0]["tid"]
             before = lines(one)
-            report["pinned"] = workers("--pid", pid, "--pin", "1")
-            report["moved"] = workers(str(one), "--cgroup", "vhost")
-            report["proc"] = {"before": before, "after": lines(one), "qemu": lines(qemu.pid)}
+            return {
+                "pid": qemu.pid,
+                "kind": kind(),
+                "listed": listed,
+                "pinned": workers("--pid", str(qemu.pid), "--pin", "1"),
+                "moved": workers(str(one), "--cgroup", group.name),
+                "proc": {"before": before, "after": lines(one), "qemu": lines(qemu.pid)},
+            }
         finally:
             qemu.kill()
-    report["after"] = workers()
-    print(json.dumps(report))
+
+
+def main() -> None:
+    group = Path("/sys/fs/cgroup/vhost")
+    group.mkdir()
+    load()
+    if PARAMETER.exists():
+        # For kernel threads the group stays as it was made.
+        load("fork_from_owner_default=0")
+        reports = [visit(group)]
+        load()
+        (group / "cgroup.type").write_text("threaded")
+        reports.append(visit(group))
+    else:
+        reports = [visit(group)]
+    print(json.dumps({"reports": reports, "after": workers()}))
 
 
 main()
