@@ -20,7 +20,7 @@ from vhostctl.abi import tun
 from vhostctl.broker.policy import Policy, Terms
 from vhostctl.broker.protocol import Refused
 from vhostctl.broker.server import Broker, listener
-from vhostctl.broker.taps import claim
+from vhostctl.broker.taps import LinkTable, check_alone, claim
 from vhostctl.cli.exitcodes import ExitCode
 from vhostctl.errors import InvalidArgument, KernelError
 from vhostctl.host.ioctl import call
@@ -315,3 +315,17 @@ def test_the_commands(namespace: NetNamespace, device: str, directory: Path) -> 
     assert broker.returncode == ExitCode.OK, log
     assert [line.split()[0] for line in log.splitlines()] == ["granted", "refused"]
     assert not path.exists()
+
+
+def test_a_queue_that_somebody_slipped_in_is_noticed(namespace: NetNamespace) -> None:
+    flags = tun.IFF_TAP | tun.IFF_NO_PI | tun.IFF_VNET_HDR | tun.IFF_MULTI_QUEUE
+
+    def look(tap: Tap) -> None:
+        with LinkTable() as links:
+            check_alone(links, tap)
+
+    with namespace.run(lambda: Tap.open("vm-1", 2)) as tap, TapQueue("stranger's") as other:
+        namespace.run(lambda: look(tap))
+        namespace.run(lambda: other.attach("vm-1", flags))
+        with pytest.raises(BlockingIOError, match="somebody else attached"):
+            namespace.run(lambda: look(tap))

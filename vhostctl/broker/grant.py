@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from vhostctl.broker.peer import Peer
 from vhostctl.broker.policy import Policy, Rule
 from vhostctl.broker.protocol import Request
-from vhostctl.broker.taps import LinkInfo, LinkTable, check_theirs, claim, take
+from vhostctl.broker.taps import LinkInfo, LinkTable, check_alone, check_theirs, claim, take
 from vhostctl.control.netsetup import LinkSettings, link_steps
 from vhostctl.control.plan import Plan
 from vhostctl.errors import InvalidArgument, kernel_error
@@ -62,6 +62,7 @@ def granted(policy: Policy, peer: Peer, request: Request) -> Iterator[Grant]:
             raise kernel_error(errno.EAGAIN, "open", name, "it came or went meanwhile: ask again")
         if tap.created:
             take(links, tap, peer)
+        check_alone(links, tap)
         devices = tuple(
             stack.enter_context(VhostNet.open(request.device)) for _ in range(request.queues)
         )

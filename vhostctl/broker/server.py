@@ -131,6 +131,8 @@ class Broker(Closing):
             self._refuse(caller, error)
         except OSError as error:
             self._refuse(caller, kernel_error(error.errno or 0, "answer", str(caller.peer)))
+        except Exception:  # noqa: BLE001 -- what nobody thought of costs its sender alone
+            _log.exception("no answer to %s", caller.peer)
         self._drop(caller)
 
     def _refuse(self, caller: _Caller, error: VhostctlError) -> None:

@@ -80,6 +80,17 @@ def check_theirs(peer: Peer, name: str, info: LinkInfo) -> None:
         raise kernel_error(errno.EBUSY, "attach", name, "somebody has the tap open")
 
 
+def check_alone(links: LinkTable, tap: Tap) -> None:
+    """Raise KernelError (EAGAIN) if somebody else has a queue of `tap`.
+
+    They may have attached before it had an owner, or since it was looked at.
+    """
+    if links.all()[tap.name].attached > len(tap.queues):
+        raise kernel_error(
+            errno.EAGAIN, "attach", tap.name, "somebody else attached to it meanwhile: ask again"
+        )
+
+
 def take(links: Links, tap: Tap, peer: Peer) -> None:
     """Note that `tap`, which was made just now, is `peer`'s, and let nobody else attach to it.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from vhostctl.control.plan import Step
-from vhostctl.errors import InvalidArgument
+from vhostctl.errors import InvalidArgument, KernelError
 from vhostctl.host.links import Links
 
 
@@ -66,7 +68,8 @@ def _change(links: Links, name: str, field: str, value: str | int, label: str) -
 
     def undo() -> None:
         if before:
-            links.change(name, **{field: before.pop()})
+            with _unless_gone():
+                links.change(name, **{field: before.pop()})
 
     return Step(f"set {label}", name, str(value), do, undo)
 
@@ -81,4 +84,15 @@ def _add_address(links: Links, name: str, cidr: str, added: list[str]) -> None:
 
 def _remove_address(links: Links, name: str, added: list[str]) -> None:
     while added:
-        links.remove_address(name, added.pop())
+        with _unless_gone():
+            links.remove_address(name, added.pop())
+
+
+@contextmanager
+def _unless_gone() -> Iterator[None]:
+    """Take what somebody else removed meanwhile, the link or its address, for taken back."""
+    try:
+        yield
+    except KernelError as error:
+        if error.errno not in (errno.ENODEV, errno.EADDRNOTAVAIL):
+            raise

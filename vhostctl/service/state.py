@@ -155,7 +155,7 @@ class StateDirectory(Closing):
         """
         self.path = path
         try:
-            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise kernel_error(
@@ -259,6 +259,7 @@ def _take_back(file: Path) -> list[str]:
 def _is_stale(path: Path) -> bool:
     """Return whether `path` is a socket that nobody listens on."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # systemd may hold it, and nobody accept yet
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
