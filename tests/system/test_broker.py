@@ -324,7 +324,10 @@ def test_a_queue_that_somebody_slipped_in_is_noticed(namespace: NetNamespace) ->
         with LinkTable() as links:
             check_alone(links, tap)
 
-    with namespace.run(lambda: Tap.open("vm-1", 2)) as tap, TapQueue("stranger's") as other:
+    with (
+        namespace.run(lambda: Tap.open("vm-1", 2)) as tap,
+        namespace.run(lambda: TapQueue("stranger's")) as other,
+    ):
         namespace.run(lambda: look(tap))
         namespace.run(lambda: other.attach("vm-1", flags))
         with pytest.raises(BlockingIOError, match="somebody else attached"):
