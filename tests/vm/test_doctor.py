@@ -47,12 +47,14 @@ LOOK = 'python -m tests.vm.doctor_faults look "$@"'
 
 
 @pytest.mark.vm
+@pytest.mark.soak  # a boot for each fault
 @pytest.mark.parametrize("append", BOOTS)
 def test_a_boot_parameter_is_found(kernel: Kernel, append: str) -> None:
     assert in_vm(kernel, LOOK, BOOTS[append], append=append) == [BOOTS[append]]
 
 
 @pytest.mark.vm
+@pytest.mark.soak  # a boot for each fault
 def test_a_boot_without_them_is_the_remedy(kernel: Kernel) -> None:
     assert in_vm(kernel, LOOK, *BOOTS.values()) == []
 
@@ -67,6 +69,7 @@ vhostctl doctor --fix --json
 
 
 @pytest.mark.vm
+@pytest.mark.soak  # a boot for each fault
 def test_fix_loads_the_module_and_the_exit_status_tells(kernel: Kernel) -> None:
     document = in_vm(kernel, FIX)
     commands = ("modprobe vhost_net", "modprobe tun")  # -r took what it needs, too
@@ -80,6 +83,7 @@ def test_fix_loads_the_module_and_the_exit_status_tells(kernel: Kernel) -> None:
 
 
 @pytest.mark.vm
+@pytest.mark.soak  # a boot for each fault
 def test_a_profile_of_apparmor(kernel: Kernel) -> None:
     if shutil.which("apparmor_parser", path=process.search_path()) is None:
         pytest.skip("no apparmor_parser")
