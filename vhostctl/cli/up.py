@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -21,6 +22,9 @@ from vhostctl.jobs.up import Traffic, Up
 from vhostctl.service.spec import DeviceSpec
 
 _REFRESH = 1.0
+
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 @click.command()
@@ -130,7 +134,8 @@ def _keep(spec: DeviceSpec) -> None:
     """Keep a device until SIGINT or SIGTERM."""
     guest, identity = spec.guest_spec(), spec.identity()
     name, tap = spec.name, spec.tap
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as ctrl-C: the way to end this
+    for number in _ENDING:
+        signal.signal(number, _end)
     with Up(spec.wire(), guest, identity) as running:
         where = ", ".join(filter(None, (identity.ipv4, identity.ipv6)))
         at = f" at {where}" if where and guest.kind == "echo" else ""
@@ -143,14 +148,18 @@ def _keep(spec: DeviceSpec) -> None:
                 now = running.traffic()
                 show(f"{name}: {_rates(before, now)}")
                 before = now
-        # What is undone now must not be left half-way by the next ctrl-C.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         total = running.traffic()
     click.echo(
         f"{name}: down; guest received {total.rx_frames} frames, {total.rx_bytes} bytes, "
         f"sent {total.tx_frames} frames, {total.tx_bytes} bytes, {total.errors} errors"
     )
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    """End it at the first signal: what is undone then must not be left half-way by the next."""
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @contextmanager
