@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -122,4 +121,3 @@ def test_an_interrupt_is_no_traceback() -> None:
     )
     assert run.returncode == ExitCode.INTERRUPTED
     assert "Traceback" not in run.stderr
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
