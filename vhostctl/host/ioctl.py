@@ -27,6 +27,25 @@ _HINTS: dict[tuple[str | None, int], str] = {
     ("TUNSETIFF", errno.EINVAL): "the name is taken by another kind of device, or queues differ",
     ("TUNSETQUEUE", errno.EINVAL): "the tap has a single queue, or this one is so already",
     ("TUNSETOFFLOAD", errno.EINVAL): "a flag this kernel does not know, or one without TUN_F_CSUM",
+    ("KVM_CREATE_VM", errno.ENOMEM): "the host is short of memory, or of room for VMs",
+    ("KVM_CREATE_IRQCHIP", errno.EEXIST): "the VM has its irqchips already",
+    ("KVM_CREATE_IRQCHIP", errno.EINVAL): "make the irqchips before the first vCPU",
+    ("KVM_CREATE_VCPU", errno.EEXIST): "each vCPU of a VM has an index of its own",
+    ("KVM_CREATE_VCPU", errno.EINVAL): "KVM_CAP_MAX_VCPUS says how many there may be",
+    ("KVM_SET_USER_MEMORY_REGION", errno.EEXIST): "the range overlaps another slot's",
+    ("KVM_SET_USER_MEMORY_REGION", errno.EINVAL): "a multiple of 4096 is missing, the slot is"
+    " past KVM_CAP_NR_MEMSLOTS, or it changes in more than its flags: delete it first",
+    ("KVM_IOEVENTFD", errno.EEXIST): "another ioeventfd has this address, length and value"
+    " (one of any length or any value has them all): take that away first",
+    ("KVM_IOEVENTFD", errno.EINVAL): "the length is 1, 2, 4 or 8 bytes, or 0 without datamatch",
+    ("KVM_IOEVENTFD", errno.ENOENT): "there is no such ioeventfd to take away",
+    ("KVM_IOEVENTFD", errno.ENOSPC): "the VM has as many ioeventfds as KVM keeps: merge some",
+    ("KVM_IRQFD", errno.EBUSY): "the eventfd raises an interrupt already: take that away first",
+    ("KVM_IRQFD", errno.EAGAIN): "make the irqchips first",
+    ("KVM_IRQFD", errno.EINVAL): "make the irqchips first",
+    ("KVM_SET_GSI_ROUTING", errno.EINVAL): "a GSI is past 4095, or a pin or chip does not exist",
+    ("KVM_SET_CPUID2", errno.EINVAL): "a vCPU that ran keeps the CPUID that it had",
+    ("KVM_RUN", errno.EFAULT): "the guest touched a slot whose memory is not there (any more)",
     (None, errno.EPERM): "only the process that called VHOST_SET_OWNER may do this",
 }
 
