@@ -22,7 +22,9 @@ class MemoryListener(Protocol):
     def commit(self, before: MemoryTable, after: MemoryTable) -> None:
         """Go over from one table to the other, or raise and be as before.
 
-        Called once more the other way round if a listener behind this one raises.
+        Called once more the other way round if a listener behind this one raises; one that
+        cannot go back raises then, and that is a note on the first error. For a listener that
+        was touched the tables may be the same.
         """
 
 
@@ -86,6 +88,7 @@ class AddressSpace:
         self._pins: dict[Pin, None] = {}
         self._regions: tuple[NamedRegion, ...] = ()
         self._pending: list[NamedRegion] = []
+        self._touched: list[tuple[MemoryListener, Callable[[], None]]] = []
         self._depth = 0
         self._committing = False
         self._table = MemoryTable(())
@@ -128,15 +131,17 @@ class AddressSpace:
                 "a memory listener cannot change the memory that is being committed",
                 hint="change it after the transaction",
             )
-        before = list(self._pending)
+        before, touched = list(self._pending), len(self._touched)
         self._depth += 1
         try:
             yield
             if self._depth == 1:
                 self._committing = True
                 self._commit()
-        except BaseException:
+                self._touched.clear()
+        except BaseException as error:
             self._pending = list(self._regions) if self._depth == 1 else before
+            self._forget(error, touched)
             raise
         finally:
             self._depth -= 1
@@ -171,6 +176,20 @@ class AddressSpace:
             known = ", ".join(map(str, self._pending)) or "none"
             raise InvalidArgument(f"no memory region {wanted} to remove", hint=f"there is: {known}")
 
+    def touch(self, listener: MemoryListener, undo: Callable[[], None]) -> None:
+        """Ask `listener` at the commit even if the memory stays, for changes of its own.
+
+        `undo` takes them back: it is called if the block that we are in is left by an exception
+        or the commit fails, and then before the listener is asked to go back. Raises
+        StateError outside a transaction.
+        """
+        if not self._depth:
+            raise StateError(
+                "a memory listener is touched outside a transaction",
+                hint="change it inside `with space.transaction()`",
+            )
+        self._touched.append((listener, undo))
+
     def register(self, listener: MemoryListener) -> None:
         """Tell `listener` of the present table, and of every later one.
 
@@ -204,7 +223,9 @@ class AddressSpace:
         limit = module.max_mem_regions() if self._limit is None else self._limit
         before, after = self._table, MemoryTable(self._pending, limit)
         self._check_pins(after)
-        listeners = tuple(self._listeners) if after.regions != before.regions else ()
+        changed = after.regions != before.regions
+        touched = [listener for listener, _ in self._touched]
+        listeners = [one for one in self._listeners if changed or one in touched]
         regions, told = self._regions, list[MemoryListener]()
         try:
             self._table, self._regions = after, tuple(self._pending)
@@ -213,8 +234,16 @@ class AddressSpace:
                 told.append(listener)
         except BaseException as error:
             self._table, self._regions = before, regions
-            _undo(error, (partial(listener.commit, after, before) for listener in reversed(told)))
+            self._forget(error, 0)
+            take_back(
+                error, (partial(listener.commit, after, before) for listener in reversed(told))
+            )
             raise
+
+    def _forget(self, error: BaseException, since: int) -> None:
+        """Take back what touched listeners changed of their own, but for the first `since`."""
+        take_back(error, [undo for _, undo in reversed(self._touched[since:])])
+        del self._touched[since:]
 
     def _check_pins(self, after: MemoryTable) -> None:
         for pin in self._pins:
@@ -253,11 +282,12 @@ class VhostMemory:
             # An interrupt says nothing about whether the device took the table.
             done += not isinstance(error, VhostctlError)
             changed = reversed(self._devices[:done])
-            _undo(error, (partial(device.set_mem_table, before.regions) for device in changed))
+            take_back(error, (partial(device.set_mem_table, before.regions) for device in changed))
             raise
 
 
-def _undo(error: BaseException, steps: Iterable[Callable[[], None]]) -> None:
+def take_back(error: BaseException, steps: Iterable[Callable[[], None]]) -> None:
+    """Take every one of `steps`, because of `error`; what they raise is a note on it."""
     for step in steps:
         try:
             step()
