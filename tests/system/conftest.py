@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     skip_without_device(config, items, Path(__file__).parent)
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
     """Wait for `condition`, for as long as an emulated machine may take."""
     deadline = time.monotonic() + seconds
     while not condition():

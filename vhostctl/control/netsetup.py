@@ -96,3 +96,17 @@ def _unless_gone() -> Iterator[None]:
     except KernelError as error:
         if error.errno not in (errno.ENODEV, errno.EADDRNOTAVAIL):
             raise
+
+
+def parse_mac(text: str) -> bytes:
+    """Return the six bytes of a unicast MAC address such as 02:00:00:00:00:01.
+
+    Raises InvalidArgument.
+    """
+    try:
+        mac = bytes(int(part, 16) for part in text.split(":"))
+    except ValueError:
+        mac = b""
+    if len(mac) != 6 or mac[0] & 1 or not any(mac):
+        raise InvalidArgument(f"MAC address {text!r}", hint="write a unicast 02:00:00:00:00:01")
+    return mac

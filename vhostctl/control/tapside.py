@@ -37,7 +37,7 @@ class TapSettings:
 
 
 class TapSide:
-    """The tap that a wiring was handed or opens, with a queue for each of `pairs` pairs.
+    """The tap that a wiring was handed or opens; the first `pairs` of its queues take part.
 
     `order` is the enabled pair at each of the tap's queue indices. `offer` is what the tap
     offers, None until it was asked.

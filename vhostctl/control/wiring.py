@@ -48,6 +48,7 @@ class Memory(Protocol):
 class SessionConfig:
     """What to wire: `queues` is pairs, `queue_size` descriptors, `memory_size` bytes.
 
+    `enabled` is how many pairs take part from the start, the first ones; None: all of them.
     `driver` are the feature bits that the guest's driver understands, `vmm` those that the
     caller serves itself (MAC, control queue...). `busyloop` is how long the worker polls, in
     microseconds. `worker` is ``task``, ``kthread`` or None for the kernel's choice.
@@ -57,6 +58,7 @@ class SessionConfig:
     tap: str = "tap0"
     device: str = DEFAULT_PATH
     queues: int = 1
+    enabled: int | None = None
     queue_size: int = 256
     memory_size: int = 32 << 20
     policy: Policy = field(default_factory=Policy)
@@ -72,6 +74,10 @@ class SessionConfig:
         check_size(self.queue_size)
         if not 1 <= self.queues <= MAX_QUEUES:
             raise InvalidArgument(f"{self.queues} queue pairs", hint=f"use 1 to {MAX_QUEUES}")
+        if self.enabled is not None and not 1 <= self.enabled <= self.queues:
+            raise InvalidArgument(
+                f"{self.enabled} enabled queue pairs", hint=f"use 1 to {self.queues}"
+            )
         if self.worker not in (None, "task", "kthread"):
             raise InvalidArgument(f"worker {self.worker!r}", hint="use task or kthread")
         if not 0 <= self.busyloop < 1 << 32:
@@ -144,14 +150,12 @@ class Wiring:
         self.memory = AddressSpace() if handed.memory is None else handed.memory
         self.side = TapSide(
             handed.tap,
-            config.queues,
+            config.enabled or config.queues,
             config.sndbuf,
             open_tap or (lambda: Tap.open(config.tap, config.queues)),
         )
         self.queues: list[VirtQueue] = []
         self.pairs: list[VhostPair] = []
-        self.owned: set[int] = set()
-        """Pairs whose device is ours already."""
         self.link = True
         """Whether backends are attached while the session runs."""
         self.busyloop = config.busyloop
@@ -254,19 +258,17 @@ class Wiring:
         """Undo the `open_vhost` of `pair`."""
         for opened in self.pairs[pair:]:
             opened.close()
-            self.owned.discard(opened.index)
         del self.pairs[pair:]
 
     def choose_worker(self, pair: int) -> None:
         """VHOST_SET_FORK_FROM_OWNER, where the caller has a wish."""
-        if pair not in self.owned:
+        if not self.pairs[pair].vhost.owned:
             self.pairs[pair].vhost.set_fork_from_owner(self.config.worker == "task")
 
     def own(self, pair: int) -> None:
         """VHOST_SET_OWNER, once: a device that was handed in stays ours."""
-        if pair not in self.owned:
+        if not self.pairs[pair].vhost.owned:
             self.pairs[pair].vhost.set_owner()
-            self.owned.add(pair)
 
     def negotiate(self) -> None:
         """Ask devices and tap what they offer and settle the features."""

@@ -86,6 +86,8 @@ class VhostNet(Closing):
 
     def __init__(self, channel: OwnedChannel) -> None:
         self._channel = channel
+        self.owned = False
+        """Whether `set_owner` bound the device to this process."""
 
     @classmethod
     def open(cls, path: str = DEFAULT_PATH, label: str = "") -> Self:
@@ -172,10 +174,12 @@ class VhostNet(Closing):
     def set_owner(self) -> None:
         """VHOST_SET_OWNER: bind the device to this process's memory, start its worker."""
         self.request(vhost.VHOST_SET_OWNER)
+        self.owned = True
 
     def reset_owner(self) -> None:
         """VHOST_RESET_OWNER: stop the rings, forget everything, end the worker."""
         self.request(vhost.VHOST_RESET_OWNER)
+        self.owned = False
 
     def _get_u64(self, request: Request) -> int:
         value = ctypes.c_uint64()

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from vhostctl.control.netsetup import parse_mac
 from vhostctl.errors import InvalidArgument, kernel_error
 from vhostctl.guest.driver import QueuePair
 from vhostctl.guest.endpoint import Endpoint
@@ -95,17 +96,6 @@ def _next_address(interface: ipaddress.IPv4Interface | ipaddress.IPv6Interface) 
             f"{interface} is followed by the broadcast address", hint="use a lower"
         )
     return str(guest)
-
-
-def parse_mac(text: str) -> bytes:
-    """Return the six bytes of a unicast MAC address such as 02:00:00:00:00:01."""
-    try:
-        mac = bytes(int(part, 16) for part in text.split(":"))
-    except ValueError:
-        mac = b""
-    if len(mac) != 6 or mac[0] & 1:
-        raise InvalidArgument(f"MAC address {text!r}", hint="write a unicast 02:00:00:00:00:01")
-    return mac
 
 
 def make_guests(

@@ -9,12 +9,12 @@ import msgspec
 
 from vhostctl.abi import virtio
 from vhostctl.control.features import Policy, mask
-from vhostctl.control.netsetup import LinkSettings
+from vhostctl.control.netsetup import LinkSettings, parse_mac
 from vhostctl.control.rings import check_size
 from vhostctl.control.wiring import SessionConfig
 from vhostctl.errors import InvalidArgument
 from vhostctl.host.vhost import DEFAULT_PATH
-from vhostctl.jobs.guests import GuestIdentity, GuestSpec, parse_mac
+from vhostctl.jobs.guests import GuestIdentity, GuestSpec
 from vhostctl.jobs.wire import WireConfig
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$(?!\n)")]
