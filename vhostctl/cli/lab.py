@@ -17,7 +17,7 @@ import click
 from vhostctl.cli import render
 from vhostctl.cli.exitcodes import ExitCode
 from vhostctl.errors import VhostctlError
-from vhostctl.lab import kernels
+from vhostctl.lab import initrd, kernels
 from vhostctl.lab.relay import Sink
 from vhostctl.lab.vm import DEFAULT_TIMEOUT, LostMachineError, Machine, TimeLimitError
 
@@ -246,6 +246,29 @@ def shell(
     except LostMachineError as error:
         status = _lost(error, shown=True)
     ctx.exit(status)
+
+
+@lab.command("initrd")
+@_kernel
+@click.option(
+    "--add",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="A file that the guest has too, a program with its libraries; can be repeated.",
+)
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+def write_initrd(kernel: str, add: tuple[Path, ...], out: Path) -> None:
+    """Write to OUT an initramfs for a guest with this kernel and nothing else.
+
+    \b
+    Example: vhostctl lab initrd -k 6.12 --add /usr/bin/iperf3 guest.cpio
+
+    The guest has busybox, loads the kernel's own virtio_pci and virtio_net, gives eth0 the
+    address of vhostctl.ip=192.0.2.2/24 on the kernel's command line (`network` does so again,
+    for a driver that was loaded again) and runs a shell on its console.
+    """
+    initrd.write(kernels.find(kernel), out, add)
 
 
 def _lost(error: LostMachineError, *, shown: bool) -> int:
