@@ -11,7 +11,11 @@ from vhostctl.errors import kernel_error
 from vhostctl.host.handle import Handle
 from vhostctl.host.ioctl import ioctl
 
-_MODULES = {"/dev/vhost-net": "vhost_net", "/dev/net/tun": "tun"}
+_MODULES = {
+    "/dev/vhost-net": "vhost_net",
+    "/dev/net/tun": "tun",
+    "/dev/kvm": "kvm-amd, or kvm-intel",
+}
 
 
 def _hint(path: str, number: int) -> str:

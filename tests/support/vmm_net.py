@@ -1,0 +1,173 @@
+"""A virtio network device without a VM: our driver at its rings, commands by hand."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Self, TypeVar
+
+from vhostctl.abi import virtio
+from vhostctl.control import access
+from vhostctl.control.addressspace import AddressSpace
+from vhostctl.control.features import mask
+from vhostctl.control.netsetup import LinkSettings, link_steps
+from vhostctl.control.plan import Plan
+from vhostctl.control.rings import RingPlacement, VirtQueue, place_rings
+from vhostctl.control.wiring import DRIVER_BITS
+from vhostctl.guest.driver import NetDriver
+from vhostctl.host.links import LinkCounters, Links, LinkState
+from vhostctl.host.memory import MappedRegion
+from vhostctl.host.netns import NetNamespace
+from vhostctl.host.tap import Tap
+from vhostctl.host.vhost import VhostNet
+from vhostctl.jobs.traffic import ADDRESSES, Traffic
+from vhostctl.vmm.net import NetDevice
+from vhostctl.vmm.netconfig import NetConfig
+from vhostctl.vmm.virtio import Ring
+
+T = TypeVar("T")
+
+MAC = "02:00:00:00:00:02"
+SIZE = 64
+MEMORY = 32 << 20
+NOTHING_LOST = [0, 0, 0, 0]
+BITS = DRIVER_BITS & ~mask(virtio.VIRTIO_F_ACCESS_PLATFORM) | mask(
+    virtio.VIRTIO_NET_F_MAC,
+    virtio.VIRTIO_NET_F_STATUS,
+    virtio.VIRTIO_NET_F_CTRL_VQ,
+    virtio.VIRTIO_NET_F_CTRL_RX,
+    virtio.VIRTIO_NET_F_CTRL_MAC_ADDR,
+    virtio.VIRTIO_NET_F_GUEST_ANNOUNCE,
+    virtio.VIRTIO_NET_F_MQ,
+)
+
+
+class Transport:
+    """Counts what the device tells the driver."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self.broken = False
+
+    def config_changed(self) -> None:
+        self.changes += 1
+
+    def needs_reset(self) -> None:
+        self.broken = True
+
+
+class Commands:
+    """The driver's side of a control queue: one command at a time, its buffers at `buffers`."""
+
+    def __init__(self, space: AddressSpace, ring: RingPlacement, buffers: int) -> None:
+        self._space, self._ring, self._buffers = space, ring, buffers
+        self._next = 0
+
+    def add(self, command: bytes, *, flags: int = 0) -> None:
+        """Make `command` available, and one byte for the answer."""
+        answer = self._buffers + len(command)
+        access.write(self._space, self._buffers, command + b"\xff")
+        table = struct.pack("<QIHH", self._buffers, len(command), virtio.VRING_DESC_F_NEXT, 1)
+        table += struct.pack("<QIHH", answer, 1, virtio.VRING_DESC_F_WRITE | flags, 0)
+        access.write(self._space, self._ring.desc, table)
+        entry = self._ring.avail + 4 + 2 * (self._next % self._ring.size)
+        access.write(self._space, entry, bytes(2))
+        self._next += 1
+        access.write(self._space, self._ring.avail + 2, struct.pack("<H", self._next))
+
+    def answer(self, command: bytes) -> int:
+        """Return the byte that `command` was answered with."""
+        return access.read(self._space, self._buffers + len(command), 1)[0]
+
+
+class Rig:
+    """A tap of `queues` queues in a namespace, a NetDevice on it, and what a driver does.
+
+    `restore` resumes another rig's device: see `handed_over`.
+    """
+
+    def __init__(self, device: str, queues: int = 1, features: int = BITS) -> None:
+        self.transport = Transport()
+        self._stack = ExitStack()
+        self._links = Links()
+        self._wanted = features
+        enter = self._stack.enter_context
+        try:
+            self.namespace = enter(NetNamespace())
+            self.memory = enter(MappedRegion.anonymous(0, MEMORY, "memory"))
+            self.space = AddressSpace([self.memory])
+            self.tap = enter(self.in_namespace(lambda: Tap.open("tap0", queues)))
+            self._stack.callback(self.in_namespace, self._links.close)
+            self.in_namespace(self._links.open)
+            plan = Plan(link_steps(self._links, "tap0", LinkSettings(addresses=ADDRESSES)))
+            self.in_namespace(plan.run)
+            self.vhost = [enter(VhostNet.at(device)) for _ in range(queues)]
+            self.net = enter(NetDevice(self.space, self.tap, self.vhost, NetConfig(MAC)))
+            self.net.attach(self.transport)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def start(self) -> None:
+        """Do what a driver does up to DRIVER_OK, and post receive buffers."""
+        self.features = self.net.features & self._wanted
+        assert self.net.accept(self.features)
+        count = 2 * (len(self.vhost) if self.features >> virtio.VIRTIO_NET_F_MQ & 1 else 1)
+        placed, end = place_rings(0, count + 1, SIZE)
+        access.write(self.space, 0, bytes(end))
+        self.rings = [Ring(ring) for ring in placed]
+        rings, (control,) = placed[:count], placed[count:]
+        self.commands = Commands(self.space, control, end)
+        end += 4096
+        self.net.start(self.features, self.rings)
+        events = zip(self.net.kicks, self.net.calls, self.net.errors, strict=False)
+        queues = [
+            VirtQueue(ring, {"kick": kick, "call": call, "error": error})
+            for ring, (kick, call, error) in zip(rings, events, strict=False)
+            if kick is not None
+        ]
+        pairs = list(zip(queues[::2], queues[1::2], strict=True))
+        self.driver = self._stack.enter_context(
+            NetDriver(self.space, pairs, self.features, (end, MEMORY - end), max_frame=1514)
+        )
+        for pair in self.driver.pairs:
+            pair.start()
+
+    def command(self, *words: int, data: bytes = b"") -> int:
+        """Give a command; return what it was answered with."""
+        command = bytes(words) + data
+        self.commands.add(command)
+        self.net.notify(self.control)
+        return self.commands.answer(command)
+
+    @property
+    def control(self) -> int:
+        """The number of the control queue."""
+        return len(self.rings) - 1
+
+    def exchange(self, pairs: int = 1) -> list[int]:
+        """Send datagrams both ways over the first `pairs` pairs.
+
+        Returns how many were lost and how many came changed, to the guest and to the host.
+        """
+        with Traffic(self, self.driver.pairs[:pairs]) as traffic:
+            traffic.ping()
+            traffic.exchange(128)
+            ways = (traffic.to_guest, traffic.to_host)
+            return [count for way in ways for count in (way.lost, way.changed)]
+
+    def in_namespace(self, function: Callable[[], T]) -> T:
+        return self.namespace.run(function)
+
+    def counters(self) -> LinkCounters:
+        return self.in_namespace(lambda: self._links.counters("tap0"))
+
+    def link_state(self) -> LinkState:
+        return self.in_namespace(lambda: self._links.state("tap0"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()

@@ -1,0 +1,137 @@
+"""The virtio network device of the VMM on a vhost-net, played by our own driver."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.vmm_net import BITS, MAC, NOTHING_LOST, Rig
+from vhostctl.abi import virtio
+from vhostctl.abi.tun import IFF_DETACH_QUEUE
+from vhostctl.control.features import mask
+from vhostctl.control.rings import RingPlacement
+from vhostctl.errors import InvalidArgument, VhostctlError
+from vhostctl.vmm.virtio import Ring
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+MQ = (virtio.VIRTIO_NET_CTRL_MQ, virtio.VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET)
+
+
+def test_frames_pass_both_ways_and_again_after_a_reset(device: str) -> None:
+    with Rig(device) as rig:
+        for _ in range(3):
+            rig.start()
+            assert rig.exchange() == NOTHING_LOST
+            rig.net.reset()
+            assert not rig.net.running
+
+
+def test_pairs_come_and_go_by_command(device: str) -> None:
+    with Rig(device, 2) as rig:
+        rig.start()
+        flags = [bool(queue.flags() & IFF_DETACH_QUEUE) for queue in rig.tap.queues]
+        assert flags == [False, True], "after a reset the first pair alone takes part"
+        assert rig.exchange() == NOTHING_LOST
+        assert rig.command(*MQ, data=b"\2\0") == virtio.VIRTIO_NET_OK
+        assert rig.exchange(2) == NOTHING_LOST
+        assert rig.command(*MQ, data=b"\1\0") == virtio.VIRTIO_NET_OK
+        assert rig.exchange() == NOTHING_LOST
+        for bad in (b"\0\0", b"\3\0", b"\1", b""):
+            assert rig.command(*MQ, data=bad) == virtio.VIRTIO_NET_ERR
+
+
+def test_a_driver_without_multiqueue_has_its_control_queue_third(device: str) -> None:
+    features = BITS & ~mask(virtio.VIRTIO_NET_F_MQ)
+    with Rig(device, 2, features) as rig:
+        rig.start()
+        assert rig.control == 2
+        assert rig.net.kicks[2] is None
+        assert rig.exchange() == NOTHING_LOST
+        assert rig.command(*MQ, data=b"\2\0") == virtio.VIRTIO_NET_ERR
+        promiscuous = (virtio.VIRTIO_NET_CTRL_RX, virtio.VIRTIO_NET_CTRL_RX_PROMISC)
+        assert rig.command(*promiscuous, data=b"\1") == virtio.VIRTIO_NET_OK
+
+
+def test_mac_and_announcement(device: str) -> None:
+    with Rig(device) as rig:
+        rig.start()
+        assert rig.net.read_config(0, 8).hex() == MAC.replace(":", "") + "0100"
+        set_mac = (virtio.VIRTIO_NET_CTRL_MAC, virtio.VIRTIO_NET_CTRL_MAC_ADDR_SET)
+        assert rig.command(*set_mac, data=b"\2\0\0\0\0\7") == virtio.VIRTIO_NET_OK
+        assert rig.command(*set_mac, data=b"\3\0\0\0\0\7") == virtio.VIRTIO_NET_ERR
+        assert rig.net.read_config(0, 6) == b"\2\0\0\0\0\7"
+        rig.net.announce()
+        assert rig.transport.changes == 1
+        assert rig.net.read_config(6, 2) == b"\3\0"
+        done = (virtio.VIRTIO_NET_CTRL_ANNOUNCE, virtio.VIRTIO_NET_CTRL_ANNOUNCE_ACK)
+        assert rig.command(*done) == virtio.VIRTIO_NET_OK
+        assert rig.net.read_config(6, 2) == b"\1\0"
+
+
+def test_the_link_goes_down_and_comes_back_with_the_pairs_that_were_asked_for(device: str) -> None:
+    with Rig(device, 2) as rig:
+        rig.start()
+        rig.net.set_link(False)
+        assert rig.net.read_config(6, 2) == b"\0\0"
+        assert rig.command(*MQ, data=b"\2\0") == virtio.VIRTIO_NET_OK
+        rig.net.set_link(True)
+        assert rig.transport.changes == 2
+        assert not rig.tap.queues[1].flags() & IFF_DETACH_QUEUE
+        assert rig.exchange(2) == NOTHING_LOST
+
+
+def test_a_link_that_is_down_stays_so_over_a_reset(device: str) -> None:
+    with Rig(device) as rig:
+        rig.net.set_link(False)
+        rig.start()
+        assert rig.net.read_config(6, 2) == b"\0\0"
+        rig.net.set_link(True)
+        assert rig.exchange() == NOTHING_LOST
+
+
+def test_suspended_and_resumed_in_the_middle(device: str) -> None:
+    with Rig(device, 2) as rig:
+        rig.start()
+        assert rig.command(*MQ, data=b"\2\0") == virtio.VIRTIO_NET_OK
+        assert rig.exchange(2) == NOTHING_LOST
+        state = rig.net.save()
+        rig.net.reset()
+        rig.net.restore(state, rig.rings)
+        assert rig.exchange(2) == NOTHING_LOST
+        assert rig.command(*MQ, data=b"\1\0") == virtio.VIRTIO_NET_OK
+        assert rig.exchange() == NOTHING_LOST
+
+
+@pytest.mark.parametrize("where", [0xFFFF_FFFF_F000, 0x123, 32 << 20])
+def test_rings_that_lie_nowhere_do_not_start(device: str, where: int) -> None:
+    with Rig(device) as rig:
+        rings = [Ring(RingPlacement(64, where, where + 2048, where + 4096))] * 3
+        assert rig.net.accept(rig.net.features & BITS)
+        with pytest.raises(VhostctlError):
+            rig.net.start(rig.net.features & BITS, rings)
+        assert not rig.net.running
+        with pytest.raises(InvalidArgument, match="queue 0 is not enabled"):
+            rig.net.start(rig.net.features & BITS, [Ring(None)] * 3)
+        rig.start()
+        assert rig.exchange() == NOTHING_LOST
+
+
+def test_a_malformed_command_asks_for_a_reset(device: str) -> None:
+    with Rig(device) as rig:
+        rig.start()
+        rig.commands.add(b"\0\0\1", flags=virtio.VRING_DESC_F_INDIRECT)
+        rig.net.notify(rig.control)
+        assert rig.transport.broken
+        assert rig.exchange() == NOTHING_LOST
+        rig.net.reset()
+        rig.start()
+        assert rig.exchange() == NOTHING_LOST
+
+
+def test_features_that_need_others_are_not_accepted(device: str) -> None:
+    with Rig(device) as rig:
+        assert not rig.net.accept(1 << virtio.VIRTIO_NET_F_HOST_TSO4)
+        assert not rig.net.accept(1 << virtio.VIRTIO_F_RING_PACKED)
+        assert not rig.net.accept(1 << virtio.VIRTIO_NET_F_GUEST_ANNOUNCE)
+        assert rig.net.accept(rig.net.features)
+        assert rig.net.accept(0)

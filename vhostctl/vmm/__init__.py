@@ -1,0 +1,1 @@
+"""Pieces for a VMM on /dev/kvm whose network is vhost-net's."""

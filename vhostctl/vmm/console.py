@@ -1,0 +1,97 @@
+"""A guest's serial port on this process's terminal, or whatever stdin and stdout are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import termios
+import tty
+from collections.abc import Callable
+
+from vhostctl.errors import KernelError
+from vhostctl.host.closing import Closing
+from vhostctl.vmm.loop import Loop
+
+_ESCAPE = 1  # Ctrl-A, as in QEMU and screen
+_LEAVE = ord("x")
+_PATIENCE_MS = 1000
+_CHUNK = 4096
+
+
+class Output:
+    """Writes what a guest sends to `fd`, which stays the caller's.
+
+    A reader that takes nothing for a second loses what comes until it reads again: the guest
+    waits for nobody.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._patience = _PATIENCE_MS
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+
+    def write(self, data: bytes) -> None:
+        """Write a few bytes at most; never raises because of the reader."""
+        if not self._poll.poll(self._patience):
+            self._patience = 0
+            return
+        self._patience = _PATIENCE_MS
+        with contextlib.suppress(OSError):  # the reader has gone
+            os.write(self._fd, data)
+
+
+class Console(Closing):
+    """Hands what is typed to a guest; a terminal is in raw mode until `close()`.
+
+    Ctrl-A x calls `leave`, Ctrl-A Ctrl-A sends one Ctrl-A.
+    """
+
+    def __init__(
+        self, fd: int, loop: Loop, send: Callable[[bytes], None], leave: Callable[[], None]
+    ) -> None:
+        """Read `fd`, which stays the caller's; a plain file is not read. Raises KernelError."""
+        self._fd = fd
+        self._loop = loop
+        self._send = send
+        self._leave = leave
+        self._escaped = False
+        self._before: list[object] | None = None
+        if os.isatty(fd):
+            self._before = termios.tcgetattr(fd)
+            tty.setraw(fd)
+        # epoll(7) does not take files, which have everything at once and no guest to read it.
+        with contextlib.suppress(PermissionError):
+            loop.watch(fd, self._read)
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._fd, _CHUNK)
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.unwatch(self._fd)
+            return
+        passed = bytearray()
+        for byte in data:
+            if self._escaped:
+                self._escaped = False
+                if byte == _LEAVE:
+                    self._leave()
+                    continue
+                passed.append(byte)
+            elif byte == _ESCAPE:
+                self._escaped = True
+            else:
+                passed.append(byte)
+        if passed:
+            self._send(bytes(passed))
+
+    def close(self) -> None:
+        """Read no more, and have the terminal as it was; a second call does nothing."""
+        with contextlib.suppress(KernelError):
+            self._loop.unwatch(self._fd)
+        before, self._before = self._before, None
+        if before is not None:
+            termios.tcsetattr(self._fd, termios.TCSADRAIN, before)  # type: ignore[arg-type]

@@ -1,0 +1,47 @@
+"""What a virtio network device is given, and what of it outlives its process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import msgspec
+
+from vhostctl.control.features import Policy
+from vhostctl.control.netsetup import parse_mac
+from vhostctl.control.snapshot import Snapshot
+from vhostctl.vmm.netcommands import MAC_SIZE
+
+
+class NetState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a network device is besides its rings: see `NetDevice.save`.
+
+    `tap_offer` is the feature bits that the tap offers: it is not asked again, for that would
+    disturb what is in it. `session` is the document of control/snapshot.py, and `control` where
+    the control queue's avail ring is read next; None while the driver has not started the device.
+    """
+
+    mac: Annotated[bytes, msgspec.Meta(min_length=MAC_SIZE, max_length=MAC_SIZE)]
+    link: bool
+    announcing: bool
+    wanted_pairs: int
+    tap_offer: int
+    session: Snapshot | None
+    control: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class NetConfig:
+    """What the guest is to see: `mac` in hexadecimal with colons, `mtu` in bytes or None.
+
+    `queue_size` is the most descriptors of a ring.
+    """
+
+    mac: str
+    mtu: int | None = None
+    queue_size: int = 256
+    policy: Policy = field(default_factory=Policy)
+
+    def __post_init__(self) -> None:
+        """Raise InvalidArgument for a MAC address that is none, or not of one station."""
+        parse_mac(self.mac)
