@@ -2,6 +2,7 @@
 #
 #   make demo       wire a tap to vhost-net, or to the embedded engine, and send traffic through it
 #   make demo-kernel  the same on a real kernel's vhost-net, in a VM
+#   make demo-vmm   boot a kernel in our own VMM, its network on a real kernel's vhost-net, in a VM
 #   make test       lint, types, host tests, lab tests on $(KERNELS)
 #   make test-all   the same on every kernel, and what is long
 #   make load       every change of a running session under load, $(SECONDS) seconds each
@@ -19,14 +20,15 @@ NATIVE  := $(wildcard vhostctl/guest/src/*.[ch] kmod/core/*.[ch] kmod/user/*.[ch
 
 # What of tests/system needs a vhost-net and no node; counted costs are for the lab.
 ON_ENGINE := address_space changes dirty_log doctor gso handover iotlb load migrate multiqueue \
-	     negotiation notifiers peer_bugs selftest service service_qmp session workers
+	     kvm kvm_notifiers negotiation notifiers peer_bugs selftest service service_qmp session \
+	     vmm_hostile vmm_net workers
 SKIPS   := --allowed-skips .ci/allowed-skips.txt
 TWO     := -n 2 --dist loadgroup
 MARKS   := not soak
 SECONDS := 60
 
 .DELETE_ON_ERROR:
-.PHONY: demo demo-kernel test test-all lint lint-c host-test lab-test load kmod \
+.PHONY: demo demo-kernel demo-vmm test test-all lint lint-c host-test lab-test load kmod \
 	bench bytecode packages test-packages kernels clean
 
 demo: .venv/ready bytecode
@@ -34,6 +36,9 @@ demo: .venv/ready bytecode
 
 demo-kernel: .venv/ready bytecode
 	@.ci/demo $(firstword $(KERNELS)) kernel
+
+demo-vmm: .venv/ready bytecode
+	@.ci/demo-vmm $(firstword $(KERNELS))
 
 test: lint lint-c host-test lab-test
 
@@ -78,7 +83,7 @@ packages:
 	@.ci/packages
 
 test-packages:
-	@.ci/packages apparmor dkms iperf3 perl sparse
+	@.ci/packages acpica-tools apparmor dkms iperf3 perl sparse
 
 .venv/ready: setup.py pyproject.toml $(NATIVE) | packages
 	$(PYTHON) -m venv .venv

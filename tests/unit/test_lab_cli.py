@@ -127,17 +127,21 @@ def test_a_kernel_that_was_not_fetched() -> None:
 
 def test_list(cache: Path) -> None:
     document = json.loads(invoke("list", "--json").stdout)
+    release = "6.12.117+deb12-amd64"
+    image = cache / "kernels" / release / "lib/modules" / release / "vmlinuz"
+    missing = {"release": None, "path": None, "image": None, "fetched": False, "headers": False}
     assert document["schema"] == "vhostctl.lab.list/1"
     assert document["kernels"] == [
         {
             "series": "6.12",
-            "release": "6.12.117+deb12-amd64",
-            "path": str(cache / "kernels/6.12.117+deb12-amd64"),
+            "release": release,
+            "path": str(cache / "kernels" / release),
+            "image": str(image),
             "fetched": True,
             "headers": False,
         },
-        {"series": "6.1", "release": None, "path": None, "fetched": False, "headers": False},
-        {"series": "7.2", "release": None, "path": None, "fetched": False, "headers": False},
+        {"series": "6.1", **missing},
+        {"series": "7.2", **missing},
     ]
     table = invoke("list").stdout
     assert "6.12.117+deb12-amd64" in table

@@ -140,13 +140,15 @@ def list_kernels(as_json: bool) -> None:
             "series": k.series,
             "release": k.release,
             "path": str(k.tree),
+            "image": str(k.image),
             "fetched": True,
             "headers": k.has_headers,
         }
         for k in found
     ]
     entries += [
-        {"series": series, "release": None, "path": None, "fetched": False, "headers": False}
+        {"series": series, "release": None, "path": None, "image": None, "fetched": False}
+        | {"headers": False}
         for series in missing
     ]
     if as_json:

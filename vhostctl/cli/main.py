@@ -28,6 +28,7 @@ _COMMANDS = (
     "service",
     "status",
     "up",
+    "vmm",
     "workers",
 )
 

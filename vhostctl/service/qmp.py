@@ -106,6 +106,15 @@ class QmpServer:
                     await _cancel(self._clients.values())
                     self._loop = None
 
+    def end(self) -> None:
+        """End `serve()`, from any thread; nothing if it has ended."""
+        loop = self._loop
+        if loop is not None:
+            with suppress(RuntimeError):  # it was closed in this moment
+                loop.call_soon_threadsafe(self._ended.set)
+        else:
+            self._ended.set()
+
     def _quit(self) -> None:
         self._reason = "host-qmp-quit"
         asyncio.get_running_loop().call_soon(self._ended.set)  # after the reply

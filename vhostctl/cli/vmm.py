@@ -1,0 +1,165 @@
+"""`vhostctl vmm`: a small VMM whose network is vhost-net's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import click
+
+from vhostctl.cli import options
+from vhostctl.control.features import Policy
+from vhostctl.control.netsetup import LinkSettings
+from vhostctl.jobs.guests import GuestIdentity
+from vhostctl.jobs.vmm import Card, Vm
+from vhostctl.vmm.console import Console, Output
+from vhostctl.vmm.machine import End, MachineConfig
+from vhostctl.vmm.netconfig import NetConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MIB = 1 << 20
+# Without the second Linux looks for an AGP bridge on 256 buses of what it takes for an old AMD.
+_COMMAND_LINE = "console=ttyS0 pci=noearly"
+
+
+@click.group()
+def vmm() -> None:
+    """Run virtual machines on /dev/kvm whose network is vhost-net's."""
+
+
+def _common(function: F) -> F:
+    """Add what both commands have: the card, handed on as `card`, and how events travel."""
+
+    @functools.wraps(function)
+    def with_card(
+        *args: Any,
+        tap: str,
+        device: str,
+        queues: int,
+        mac: str | None,
+        settings: LinkSettings,
+        queue_size: int,
+        policy: Policy,
+        **kwargs: Any,
+    ) -> Any:
+        address = GuestIdentity.choose(tap, mac, ()).mac.hex(":")
+        net = NetConfig(address, settings.mtu, queue_size, policy)
+        return function(*args, card=Card(tap, net, device, queues, settings), **kwargs)
+
+    for decorate in (
+        click.option("--qmp", type=click.Path(path_type=Path), metavar="SOCKET", help=_QMP),
+        click.option("--irqfd/--no-irqfd", default=True, help="Interrupts without this process."),
+        click.option(
+            "--ioeventfd/--no-ioeventfd", default=True, help="Doorbells without this process."
+        ),
+        options.features,
+        options.link,
+        options.queue_size,
+        click.option("--mac", metavar="MAC", help="The card's; derived from the tap's name."),
+        options.queues,
+        options.node,
+        click.option("--tap", required=True, metavar="NAME", help="Tap; made if it is missing."),
+    ):
+        with_card = decorate(with_card)
+    return cast(F, with_card)
+
+
+_QMP = "Take commands here, as QEMU does: stop, cont, set_link, query-counters, save, quit."
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@vmm.command()
+@click.option("--kernel", required=True, type=_FILE, metavar="BZIMAGE", help="Linux, x86-64.")
+@click.option("--initrd", type=_FILE, metavar="FILE", help="Its initial file system.")
+@click.option("--append", default=_COMMAND_LINE, show_default=True, metavar="TEXT", help="To it.")
+@click.option("--cpus", default=1, show_default=True, metavar="N", help="vCPUs.")
+@click.option("--memory", default=256, show_default=True, metavar="MIB", help="Guest memory.")
+@click.option("--legacy/--no-legacy", default=True, help="Have a BAR for legacy drivers too.")
+@_common
+def run(
+    kernel: Path,
+    initrd: Path | None,
+    append: str,
+    cpus: int,
+    memory: int,
+    legacy: bool,
+    card: Card,
+    ioeventfd: bool,
+    irqfd: bool,
+    qmp: Path | None,
+) -> None:
+    """Boot a Linux kernel, its serial port on this terminal. Ctrl-A x leaves.
+
+    Exit status 0: the guest switched itself off, asked for a reset, or was left.
+
+    \b
+    Example: vhostctl vmm run --kernel /boot/vmlinuz --initrd initrd.img \\
+               --tap tap0 --addr 192.0.2.1/24 --queues 2 --cpus 2
+    """
+    config = MachineConfig(memory * _MIB, cpus, irqfd, ioeventfd, legacy)
+    output = Output(sys.stdout.fileno())
+    boot = functools.partial(Vm.boot, kernel=kernel, initrd=initrd, command_line=append)
+    _drive(lambda: boot(config, card, output.write), qmp)
+
+
+@vmm.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_common
+def resume(directory: Path, card: Card, ioeventfd: bool, irqfd: bool, qmp: Path | None) -> None:
+    """Go on with a machine that QMP's `save` wrote to DIRECTORY.
+
+    The files are read as the guest comes to them: they must stay as they are meanwhile. MAC
+    address and features are those that were saved.
+    """
+    output = Output(sys.stdout.fileno())
+    go_on = functools.partial(Vm.resume, irqfd=irqfd, ioeventfd=ioeventfd)
+    _drive(lambda: go_on(directory, card, output.write), qmp)
+
+
+def _drive(start: Callable[[], Vm], qmp: Path | None) -> None:
+    """Have the console and QMP on a machine until it ends."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    with start() as vm:
+        machine = vm.machine
+        leave = functools.partial(machine.end, End.QUIT)
+        with Console(sys.stdin.fileno(), machine.loop, machine.serial.input, leave):
+            if qmp is None:
+                ended = machine.wait()
+            else:
+                _serve(vm, qmp)
+                ended = machine.wait()
+        now = vm.counters()
+    click.echo(
+        f"\n{ended.value if ended else ''}; exits to this process: {now.port_exits} port, "
+        f"{now.mmio_exits} MMIO, {now.doorbell_exits} doorbells; "
+        f"{now.interrupts_raised} interrupts raised here",
+        err=True,
+    )
+
+
+def _serve(vm: Vm, path: Path) -> None:
+    """Take commands until the machine ends."""
+    from vhostctl.host.listening import listening
+    from vhostctl.service.machine import machine_commands
+    from vhostctl.service.qmp import QmpServer
+
+    with listening(path) as sockets:
+        server = QmpServer(sockets)
+
+        def watch() -> None:
+            with contextlib.suppress(BaseException):  # who waits behind the server gets it too
+                vm.machine.wait()
+            server.end()
+
+        watcher = threading.Thread(target=watch, name="vmm end", daemon=True)
+        watcher.start()
+        asyncio.run(server.serve(machine_commands(vm), lambda: vm.machine.end(End.QUIT)))
+        watcher.join()
