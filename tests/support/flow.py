@@ -10,8 +10,6 @@ from vhostctl.jobs.hosttraffic import PATIENCE, WINDOW
 from vhostctl.jobs.traffic import Traffic
 from vhostctl.jobs.wire import Wire
 
-_ENDLESS = 1 << 40
-
 
 class Flow:
     """Datagrams over all pairs of `wire`, as fast as they are taken, in a with block.
@@ -33,7 +31,7 @@ class Flow:
         with ExitStack() as stack:
             self._traffic = stack.enter_context(Traffic(self._wire, self._wire.driver.pairs))
             self._traffic.ping()
-            self._running = self._traffic.in_background(_ENDLESS, self._progress)
+            self._running = self._traffic.in_background(self._progress)
             self._background.enter_context(self._running)
             stack.push(self._background)
             self.go_on()

@@ -320,8 +320,7 @@ def test_a_session_resumes_from_its_document(wire: Wire, device: str) -> None:
         assert resumed.devices[1].calls[TX].pending is pending
         resumed.unmask(3)
         resumed.enable_pair(0)
-        for queue in resumed.queues:
-            queue.events["kick"].signal()
+        resumed.kick()
         prove(wire)
         resumed.disable_pair(1)
         resumed.mask(2)
@@ -337,8 +336,7 @@ def test_a_session_resumes_from_its_document(wire: Wire, device: str) -> None:
     session.start_ring(0, session.devices[0].base(RX))
     session.enable_pair(1)
     session.unmask(2)
-    for queue in session.queues:
-        queue.events["kick"].signal()
+    session.kick()
     prove(wire)
 
 

@@ -248,8 +248,7 @@ def test_a_copy_under_traffic_is_completed_from_the_log(wire: Wire, logged: bool
         wrong = copy.differences(pages)
         log.close()
         session.start(bases)
-        for queue in session.devices[0].queues:
-            queue.events["kick"].signal()  # the driver's kicks may have gone unheard
+        session.kick()  # the driver's kicks may have gone unheard
         flow.go_on(5)
         assert flow.end() == []
     if logged:

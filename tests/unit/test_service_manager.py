@@ -52,8 +52,6 @@ class FakeWired:
     error: Exception | None = None
     errors: list[int] = field(default_factory=lambda: [0] * 4)
     closed: bool = False
-    logging: bool = False
-    busyloop: int = 0
     mtu: int = 1500
 
     def __post_init__(self) -> None:
@@ -65,6 +63,8 @@ class FakeWired:
             features=1 << 32,
             tap=SimpleNamespace(created=True),
             memory=SimpleNamespace(regions=()),
+            logging=False,
+            busyloop=0,
         )
 
     def __enter__(self) -> Self:
@@ -95,7 +95,7 @@ class FakeWired:
         self.snapshot = FakeSnapshot(self.session.link)
         return self.snapshot
 
-    def resume(self, _snapshot: FakeSnapshot) -> None:
+    def resume(self) -> None:
         self.snapshot = None
 
     def close(self) -> None:

@@ -126,6 +126,21 @@ class LiveSession(Closing):
         pair, ring = changes.find(self._wiring, queue)
         pair.calls[ring].unmask()
 
+    def kick(self) -> None:
+        """Signal every ring's kick: what its driver rang while nobody listened is looked at."""
+        for queue in self._wiring.queues:
+            queue.events["kick"].signal()
+
+    @property
+    def busyloop(self) -> int:
+        """How long every worker polls before it sleeps, in microseconds."""
+        return self._wiring.busyloop
+
+    @property
+    def logging(self) -> bool:
+        """Whether it is logged which pages the devices write."""
+        return self._wiring.log.started
+
     def set_busyloop(self, microseconds: int) -> None:
         """Let every worker poll for so long before it sleeps; 0: not at all."""
         check(self.state, "set_busyloop")

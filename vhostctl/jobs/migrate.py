@@ -18,7 +18,6 @@ from vhostctl.jobs.selftest import wire_config
 from vhostctl.jobs.traffic import Progress, Traffic
 from vhostctl.jobs.wire import Wire
 
-_ENDLESS = 1 << 62
 _LOOK = 0.5  # seconds between two looks at traffic that stands still
 
 
@@ -95,7 +94,7 @@ def migrate(
         traffic.ping()
         meter = _Meter(progress)
         migrants = stack.enter_context(ExitStack())  # they serve until the traffic has ended
-        with traffic.in_background(_ENDLESS, meter.add) as running:
+        with traffic.in_background(meter.add) as running:
             flowing = meter.wait(2 * frames, running)
             source: Migrant | None = None
             for before, device in itertools.pairwise(devices):

@@ -28,6 +28,7 @@ MTU = 1500
 PING_SIZES = [0, 1, 56, 1000, MTU - 48]
 _TO_GUEST, _TO_HOST, _FROM_GUEST = 7000, 7100, 7200  # UDP ports, plus the pair's number
 _TRIES_A_PAIR = 100
+_ENDLESS = 1 << 62
 
 Progress = Callable[[float], None]
 
@@ -126,9 +127,9 @@ class Traffic(Closing):
             self.to_host.sent += counters.sent
         return sent
 
-    def in_background(self, frames: int, progress: Progress | None = None) -> Running:
-        """Return a context in which another thread exchanges up to `frames` datagrams."""
-        return Running(_Exchange(self, frames, progress), "vhostctl-traffic")
+    def in_background(self, progress: Progress | None = None) -> Running:
+        """Return a context in which another thread exchanges datagrams."""
+        return Running(_Exchange(self, progress), "vhostctl-traffic")
 
     def _run(
         self,
@@ -224,15 +225,14 @@ class Traffic(Closing):
 class _Exchange:
     """An exchange as a loop that can be stopped."""
 
-    def __init__(self, traffic: Traffic, frames: int, progress: Progress | None) -> None:
+    def __init__(self, traffic: Traffic, progress: Progress | None) -> None:
         self._traffic = traffic
-        self._frames = frames
         self._progress = progress
         self._stop = threading.Event()
 
     def run(self) -> None:
         """Exchange."""
-        self._traffic.exchange(self._frames, self._progress, self._stop)
+        self._traffic.exchange(_ENDLESS, self._progress, self._stop)
 
     def stop(self) -> None:
         """End it early."""

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import msgspec
 
 from vhostctl.abi import virtio
-from vhostctl.control.dirtylog import DirtyPages
 from vhostctl.control.session import Session
 from vhostctl.control.snapshot import Snapshot
 from vhostctl.control.states import State
@@ -31,8 +30,6 @@ class Wired(Up):
     def __init__(self, spec: DeviceSpec) -> None:
         """Plan it; nothing is opened yet. Raises InvalidArgument."""
         super().__init__(spec.wire(), spec.guest_spec(), spec.identity())
-        self.busyloop = spec.busyloop
-        self.logging = False
         self.snapshot: Snapshot | None = None
         """Where it stands, while it is suspended."""
         self._regions: dict[str, MappedRegion] = {}
@@ -89,35 +86,16 @@ class Wired(Up):
         if name in self._regions:
             self._regions.pop(name).close()
 
-    def start_log(self) -> None:
-        """Log which pages the devices write."""
-        self.session.start_log()
-        self.logging = True
-
-    def stop_log(self) -> DirtyPages:
-        """Log no longer; return what was written since the last time it was asked for."""
-        pages = self.session.stop_log()
-        self.logging = False
-        return pages
-
-    def set_busyloop(self, microseconds: int) -> None:
-        """Have the workers poll for so long before they sleep."""
-        self.session.set_busyloop(microseconds)
-        self.busyloop = microseconds
-
     def suspend(self) -> Snapshot:
         """Stop the rings and keep all else."""
         self.snapshot = self.session.suspend(hand_on=False)
         return self.snapshot
 
-    def resume(self, snapshot: Snapshot) -> None:
+    def resume(self) -> None:
         """Have the rings go on where they stand, and the link as it was."""
         self.session.start()
         self.snapshot = None
-        for queue in self.session.queues:
-            queue.events["kick"].signal()  # the guest may have rung while nobody listened
-        if not snapshot.link:
-            self.session.set_link(False)
+        self.session.kick()
 
     def close(self) -> None:
         """Stop the guest, take the wiring down, unmap what was added.
@@ -219,7 +197,7 @@ class Device(Closing):
         """Have the rings go on."""
         wired = self.wired("resume", "suspended")
         if wired.snapshot is not None:
-            wired.resume(wired.snapshot)
+            wired.resume()
 
     def new_ring_errors(self) -> dict[int, int]:
         """Return how many errors each queue had since the last call, if it had any."""
@@ -253,8 +231,8 @@ class Device(Closing):
             features=() if session is None else tuple(virtio.feature_names(session.features)),
             enabled=tuple(pair for pair, on in enumerate(enabled) if on),
             memory=() if session is None else _memory(session),
-            logging=wired is not None and wired.logging,
-            busyloop=self.spec.busyloop if wired is None else wired.busyloop,
+            logging=session is not None and session.logging,
+            busyloop=self.spec.busyloop if session is None else session.busyloop,
             ring_errors=() if wired is None else tuple(wired.ring_errors()),
             guest_error=self.guest_error(),
             traffic=TrafficStatus(0, 0, 0, 0, 0) if wired is None else _traffic(wired),

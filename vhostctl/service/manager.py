@@ -134,7 +134,7 @@ class Manager(Closing):
     def start_log(self, name: str) -> None:
         """Log from now on which pages the device writes."""
         with self._lock:
-            self._wired(name, "log-start").start_log()
+            self._wired(name, "log-start").session.start_log()
 
     def sync_log(self, name: str) -> list[tuple[int, int]]:
         """Return (gpa, bytes) of what was written since the last time it was asked for."""
@@ -144,12 +144,12 @@ class Manager(Closing):
     def stop_log(self, name: str) -> list[tuple[int, int]]:
         """Log no longer; return what `sync_log()` would."""
         with self._lock:
-            return list(self._wired(name, "log-stop").stop_log())
+            return list(self._wired(name, "log-stop").session.stop_log())
 
     def set_busyloop(self, name: str, microseconds: int) -> None:
         """Have the device's workers poll for so long before they sleep; 0: not at all."""
         with self._lock:
-            self._wired(name, "busyloop-set").set_busyloop(microseconds)
+            self._wired(name, "busyloop-set").session.set_busyloop(microseconds)
 
     def suspend(self, name: str) -> dict[str, object]:
         """Stop the rings of a device and keep all else; return its snapshot as JSON data."""
