@@ -87,9 +87,9 @@ def test_a_datagram_that_is_lost_is_in_the_report(
 
         sent = 0
 
-        def send(self, data: bytes) -> int:  # type: ignore[override]
+        def send(self, data: bytes, flags: int = 0) -> int:  # type: ignore[override]
             Lossy.sent += 1
-            return len(data) if Lossy.sent == 300 else super().send(data)
+            return len(data) if Lossy.sent == 300 else super().send(data, flags)
 
     monkeypatch.setattr("vhostctl.jobs.hosttraffic.socket.socket", Lossy)
     report = migrate(SessionConfig(device=device), [device, ENGINE], 1 << 20)
