@@ -21,7 +21,7 @@ NATIVE  := $(wildcard vhostctl/guest/src/*.[ch] kmod/core/*.[ch] kmod/user/*.[ch
 # What of tests/system needs a vhost-net and no node; counted costs are for the lab.
 ON_ENGINE := address_space changes dirty_log doctor gso handover iotlb load migrate multiqueue \
 	     kvm kvm_notifiers negotiation notifiers peer_bugs selftest service service_qmp session \
-	     vmm_hostile vmm_net workers
+	     vmm_hostile vmm_net vmm_run vmm_suspend workers
 SKIPS   := --allowed-skips .ci/allowed-skips.txt
 TWO     := -n 2 --dist loadgroup
 MARKS   := not soak

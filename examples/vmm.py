@@ -1,9 +1,8 @@
-"""A VMM out of the pieces: boots Linux, its console on stdout, its network on vhost-net.
+"""A VMM out of the pieces: boots Linux on this terminal, its network on vhost-net; Ctrl-A x leaves.
 
 Usage: python examples/vmm.py BZIMAGE INITRD TAP [DEVICE]
 """
 
-import os
 import queue
 import sys
 import threading
@@ -16,6 +15,7 @@ from vhostctl.host.kvm import Kvm
 from vhostctl.host.memory import MappedRegion
 from vhostctl.vmm import boot, layout
 from vhostctl.vmm.bus import Bus
+from vhostctl.vmm.console import Console, Output
 from vhostctl.vmm.cpu import CpuThread
 from vhostctl.vmm.cpuid import guest_cpuid
 from vhostctl.vmm.doorbells import Doorbells
@@ -56,14 +56,14 @@ def main(kernel: str, initrd: str, tap_name: str, device: str = "/dev/vhost-net"
 
         # What the guest finds at its I/O ports and on its PCI bus.
         ports, mmio = Bus("I/O port", 1 << 16), Bus("MMIO", 1 << 64)
-        console = Serial(partial(interrupts.line, layout.SERIAL_GSI), partial(os.write, 1))
-        ports.add(layout.SERIAL_PORTS.start, len(layout.SERIAL_PORTS), console)
+        serial = Serial(partial(interrupts.line, layout.SERIAL_GSI), Output(1).write)
+        ports.add(layout.SERIAL_PORTS.start, len(layout.SERIAL_PORTS), serial)
+        enter(Console(0, loop, serial.input, partial(ended.put, "left")))
         Platform(ports, partial(ended.put, "power off"), partial(ended.put, "reset"))
         pci = PciBus(ports, mmio)
         nic = enter(NetDevice(space, tap, [vhost], NetConfig("02:00:00:00:00:02")))
         function = enter(VirtioPci(nic, interrupts, doorbells, loop))
         pci.add(function)
-        loop.watch(0, lambda: console.input(os.read(0, 64)))
 
         # One processor, which begins where Linux does.
         vcpu = enter(vm.create_vcpu(0))

@@ -114,7 +114,7 @@ class Toy(Closing):
             self._stack = stack.pop_all()
         if memory is None:
             self.put(CODE, code)
-            _start(self.vcpus[0])
+            begin(self.vcpus[0])
 
     def close(self) -> None:
         for thread in self._threads:
@@ -181,7 +181,8 @@ def open_kvm() -> Kvm:
         pytest.skip(f"no KVM: {error}")
 
 
-def _start(vcpu: Vcpu) -> None:
+def begin(vcpu: Vcpu) -> None:
+    """Have a vCPU that never ran start at CODE, in real mode."""
     sregs = vcpu.sregs()
     sregs.cs.base = sregs.cs.selector = 0
     vcpu.set_sregs(sregs)

@@ -109,15 +109,21 @@ class Rig:
             self._stack.close()
             raise
 
-    def start(self) -> None:
-        """Do what a driver does up to DRIVER_OK, and post receive buffers."""
+    def start(self, enable: int | None = None) -> None:
+        """Do what a driver does up to DRIVER_OK, and post receive buffers.
+
+        It enables the queues of the first `enable` pairs, or of all.
+        """
         self.features = self.net.features & self._wanted
         assert self.net.accept(self.features)
         count = 2 * (len(self.vhost) if self.features >> virtio.VIRTIO_NET_F_MQ & 1 else 1)
         placed, end = place_rings(0, count + 1, SIZE)
         access.write(self.space, 0, bytes(end))
-        self.rings = [Ring(ring) for ring in placed]
-        rings, (control,) = placed[:count], placed[count:]
+        used = count if enable is None else 2 * enable
+        self.rings = [
+            Ring(ring if n < used or n == count else None) for n, ring in enumerate(placed)
+        ]
+        rings, (control,) = placed[:used], placed[count:]
         self.commands = Commands(self.space, control, end)
         end += 4096
         self.net.start(self.features, self.rings)

@@ -25,6 +25,10 @@ from vhostctl.jobs.migrate import migrate
 MIGRANT = "vhostctl.jobs.migrant"
 
 
+# They look at all processes of the machine for those of a migration.
+pytestmark = pytest.mark.xdist_group("migrate")
+
+
 def migrants() -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 import pytest
 
 from tests.system.conftest import Possessions, until
-from vhostctl.abi.vhost import VHOST_SET_OWNER
 from vhostctl.control.pair import VhostPair
 from vhostctl.control.plan import Plan, Step
 from vhostctl.control.session import Session
@@ -115,12 +114,13 @@ def test_each_call_leads_where_the_table_says(fresh: Session, state: State) -> N
 @pytest.mark.usefixtures("nothing_left")
 def test_a_call_that_failed_can_come_again(fresh: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     owned: list[VhostNet] = []
+    own = VhostNet.set_owner
 
     def set_owner(device: VhostNet) -> None:
         owned.append(device)
         if len(owned) == 2:
             raise OSError("injected")
-        VhostNet.request(device, VHOST_SET_OWNER)
+        own(device)
 
     monkeypatch.setattr(VhostNet, "set_owner", set_owner)
     fresh.open()

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import socket
+
 import pytest
+from pyroute2 import IPRoute
 
 from tests.support.vmm_net import BITS, MAC, NOTHING_LOST, Rig
 from vhostctl.abi import virtio
-from vhostctl.abi.tun import IFF_DETACH_QUEUE
+from vhostctl.abi.tun import IFF_DETACH_QUEUE, TUN_F_CSUM
 from vhostctl.control.features import mask
 from vhostctl.control.rings import RingPlacement
-from vhostctl.errors import InvalidArgument, VhostctlError
+from vhostctl.errors import InvalidArgument, KernelError, VhostctlError
+from vhostctl.host.tap import TapQueue
+from vhostctl.host.vhost import VhostNet
+from vhostctl.vmm.net import NetDevice
+from vhostctl.vmm.netconfig import NetConfig
 from vhostctl.vmm.virtio import Ring
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -52,6 +60,26 @@ def test_a_driver_without_multiqueue_has_its_control_queue_third(device: str) ->
         assert rig.command(*promiscuous, data=b"\1") == virtio.VIRTIO_NET_OK
 
 
+def test_a_driver_may_leave_pairs_alone(device: str) -> None:
+    with Rig(device, 3) as rig:
+        rig.start(enable=2)
+        assert rig.exchange() == NOTHING_LOST
+        assert rig.command(*MQ, data=b"\3\0") == virtio.VIRTIO_NET_ERR
+        assert rig.command(*MQ, data=b"\2\0") == virtio.VIRTIO_NET_OK
+        assert rig.exchange(2) == NOTHING_LOST
+        assert rig.tap.queues[2].flags() & IFF_DETACH_QUEUE
+        state = rig.net.save()
+        rig.net.reset()
+        rig.net.restore(state, rig.rings)
+        assert rig.exchange(2) == NOTHING_LOST
+        assert rig.command(*MQ, data=b"\3\0") == virtio.VIRTIO_NET_ERR
+        assert rig.command(*MQ, data=b"\1\0") == virtio.VIRTIO_NET_OK
+        rig.net.reset()
+        rig.start()
+        assert rig.command(*MQ, data=b"\3\0") == virtio.VIRTIO_NET_OK
+        assert rig.exchange(3) == NOTHING_LOST
+
+
 def test_mac_and_announcement(device: str) -> None:
     with Rig(device) as rig:
         rig.start()
@@ -68,6 +96,15 @@ def test_mac_and_announcement(device: str) -> None:
         assert rig.net.read_config(6, 2) == b"\1\0"
 
 
+def test_a_driver_that_knows_no_announcements_is_not_asked_for_one(device: str) -> None:
+    with Rig(device, features=BITS & ~mask(virtio.VIRTIO_NET_F_GUEST_ANNOUNCE)) as rig:
+        rig.net.announce()
+        rig.start()
+        rig.net.announce()
+        assert rig.net.read_config(6, 2) == b"\1\0"
+        assert not rig.transport.changes
+
+
 def test_the_link_goes_down_and_comes_back_with_the_pairs_that_were_asked_for(device: str) -> None:
     with Rig(device, 2) as rig:
         rig.start()
@@ -80,10 +117,68 @@ def test_the_link_goes_down_and_comes_back_with_the_pairs_that_were_asked_for(de
         assert rig.exchange(2) == NOTHING_LOST
 
 
-def test_a_link_that_is_down_stays_so_over_a_reset(device: str) -> None:
+def test_the_guest_hears_of_its_link_though_a_pair_does_not_come_back(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: TapQueue) -> None:
+        raise KernelError(errno.E2BIG, "TUNSETQUEUE", "tap0 queue 1")
+
+    with Rig(device, 2) as rig:
+        rig.start()
+        rig.net.set_link(False)
+        assert rig.command(*MQ, data=b"\2\0") == virtio.VIRTIO_NET_OK
+        monkeypatch.setattr(TapQueue, "enable", refuse)
+        with pytest.raises(KernelError, match="TUNSETQUEUE"):
+            rig.net.set_link(True)
+        assert rig.transport.changes == 2
+        assert rig.exchange() == NOTHING_LOST
+
+
+def test_a_tap_without_a_driver_takes_no_offloads(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    tell = TapQueue.set_offload
+
+    def spy(queue: TapQueue, flags: int) -> None:
+        told.append(flags)
+        tell(queue, flags)
+
+    monkeypatch.setattr(TapQueue, "set_offload", spy)
+    with Rig(device, features=BITS | mask(virtio.VIRTIO_NET_F_GUEST_CSUM)) as rig:
+        rig.start()
+        assert told[-1] == TUN_F_CSUM
+        state = rig.net.save()
+        rig.net.reset()
+        rig.net.restore(state, rig.rings)
+        assert told[-1] == TUN_F_CSUM
+        rig.net.reset()
+        assert told[-1] == 0
+        rig.start()
+        rig.in_namespace(delete_tap)
+        rig.net.reset()
+
+
+def delete_tap() -> None:
+    with IPRoute() as route:
+        route.link("del", index=socket.if_nametoindex("tap0"))
+
+
+def test_a_link_that_is_down_stays_so_over_a_reset(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attached: list[int | None] = []
+    attach = VhostNet.set_backend
+
+    def spy(vhost: VhostNet, queue: int, fd: int | None) -> None:
+        attached.append(fd)
+        attach(vhost, queue, fd)
+
+    monkeypatch.setattr(VhostNet, "set_backend", spy)
     with Rig(device) as rig:
         rig.net.set_link(False)
         rig.start()
+        assert attached == [], "no frame passes, not even at first"
         assert rig.net.read_config(6, 2) == b"\0\0"
         rig.net.set_link(True)
         assert rig.exchange() == NOTHING_LOST
@@ -135,3 +230,18 @@ def test_features_that_need_others_are_not_accepted(device: str) -> None:
         assert not rig.net.accept(1 << virtio.VIRTIO_NET_F_GUEST_ANNOUNCE)
         assert rig.net.accept(rig.net.features)
         assert rig.net.accept(0)
+
+
+def test_closed_twice(device: str) -> None:
+    with Rig(device) as rig:
+        net = NetDevice(rig.space, rig.tap, rig.vhost, NetConfig(MAC))
+        net.close()
+        net.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "mtu", "what"), [(100, None, "size 100"), (256, 67, "MTU"), (256, 65536, "MTU")]
+)
+def test_what_no_driver_takes_is_refused(size: int, mtu: int | None, what: str) -> None:
+    with pytest.raises(InvalidArgument, match=what):
+        NetConfig(MAC, mtu, size)

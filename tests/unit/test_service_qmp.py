@@ -18,10 +18,11 @@ import pytest
 
 from tests.support.qmp import Client, FakeDevices, serve
 from vhostctl.errors import kernel_error
+from vhostctl.host.listening import listening
 from vhostctl.service.connection import MOST_QUEUED
 from vhostctl.service.events import EVENTS
 from vhostctl.service.framing import MOST_BYTES, MOST_NESTED
-from vhostctl.service.qmp import MOST_CLIENTS
+from vhostctl.service.qmp import MOST_CLIENTS, QmpServer
 from vhostctl.service.spec import DeviceSpec
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "service.md"
@@ -343,6 +344,40 @@ def test_the_end_is_announced_and_the_devices_go(path: Path, how: signal.Signals
     assert serve(path, talk).calls == [("close",)]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert not path.exists()
+
+
+@pytest.mark.parametrize("reason", ["guest-shutdown", "host-ui"])
+def test_another_thread_ends_it_with_a_reason(path: Path, reason: str) -> None:
+    async def scenario() -> None:
+        with listening(path) as sockets:
+            server = QmpServer(sockets)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(server.serve([]))
+                async with Client(path) as client:
+                    await client.negotiated()
+                    thread = threading.Thread(target=server.end, args=(reason,))
+                    thread.start()
+                    told = {"guest": reason == "guest-shutdown", "reason": reason}
+                    assert await client.event("SHUTDOWN") == told
+                    thread.join()
+
+    asyncio.run(scenario())
+
+
+def test_an_end_ahead_of_the_service_is_its_loops_business(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_the_loop(event: asyncio.Event) -> None:
+        asyncio.get_running_loop()
+        ended(event)
+
+    ended = asyncio.Event.set
+    monkeypatch.setattr(asyncio.Event, "set", in_the_loop)
+    with listening(path) as sockets:
+        server = QmpServer(sockets)
+        server.end("guest-reset")
+        asyncio.run(asyncio.wait_for(server.serve([]), 30))
+        server.end("guest-reset")
 
 
 def test_the_end_waits_for_the_command_that_runs_and_takes_no_more(path: Path) -> None:

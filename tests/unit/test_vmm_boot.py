@@ -166,6 +166,7 @@ def test_the_vcpu_is_in_long_mode_at_the_entry(space: AddressSpace, kernel: Path
         ({"loadflags": 0}, "it has no 64-bit entry"),
         ({"syssize": len(CODE) // 16 + 1}, "its end is missing"),
         ({"setup_sects": 255}, "its end is missing"),
+        ({"setup_sects": 11, "syssize": 0}, "its end is missing"),
         ({"init_size": 17 * MIB}, "does not fit 32 MiB of memory below 4 GiB"),
         ({"pref_address": 1 << 63}, "does not fit 32 MiB of memory below 4 GiB"),
         ({"pref_address": 0}, "does not fit 32 MiB of memory below 4 GiB"),

@@ -166,6 +166,15 @@ def test_a_thread_that_was_never_started_stops() -> None:
     assert cpu.script.immediate == []
 
 
+def test_a_thread_that_was_never_started_is_paused() -> None:
+    cpu = Cpu([])
+    waiter = threading.Thread(target=cpu.thread.pause, daemon=True)
+    waiter.start()
+    waiter.join(PATIENCE)
+    assert not waiter.is_alive()
+    cpu.finish()
+
+
 def supported() -> kvm_cpuid2:
     words = {"eax": 0x1C004121, "ebx": 0xFFFFFFFF, "ecx": 0xFFFFFFFF, "edx": 0xFFFFFFFF}
     functions = (0, 1, 4, 0xA, 0xB, 0x1F, 0x8000_0001, 0x8000_0008, 0x8000_001D, 0x8000_001E)

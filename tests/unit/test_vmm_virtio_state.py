@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 
 import msgspec
 import pytest
 
 from tests.support.pci_machine import VERSION_1, FakeDevice, Machine, begin
-from vhostctl.errors import InvalidArgument
+from vhostctl.errors import InvalidArgument, KernelError
 from vhostctl.vmm.virtio_pci import VirtioPci, VirtioPciState
 
 
@@ -99,3 +100,20 @@ def test_closing_twice_resets_once(machine: Machine) -> None:
     assert not machine.vm.doorbells
     assert not any(machine.vm.lines.values())
     assert machine.read_config(driver.slot, 0) == 0xFFFFFFFF
+
+
+def test_a_device_that_cannot_be_reset_still_goes(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: FakeDevice) -> None:
+        raise KernelError(errno.EIO, "VHOST_NET_SET_BACKEND", "device")
+
+    _, function, driver = begin(machine)
+    driver.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeDevice, "reset", refuse)
+        with pytest.raises(KernelError):
+            function.close()
+    assert not machine.loop.watched
+    assert not machine.vm.doorbells
+    assert function.bus is None

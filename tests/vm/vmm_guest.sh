@@ -7,7 +7,8 @@ listeners() {
 	cat /proc/net/tcp /proc/net/tcp6 | grep -c ' 0A '
 }
 
-# An iperf3 for each queue pair, on a CPU of its own, which is what the driver chooses by.
+# An iperf3 for each queue pair, on a CPU of its own, which is what the driver chooses by. One
+# ends over a client that it lost, and says so.
 serve() {
 	printf '#!/bin/sh\ntee /tmp/file | sha256sum\n' >/bin/receive
 	chmod +x /bin/receive
@@ -17,7 +18,9 @@ serve() {
 	nc -ll -p $echo -e cat &
 	pair=0
 	while [ -d $net/queues/tx-$pair ]; do
-		taskset $((1 << pair)) iperf3 -s -p $((iperf + pair)) &
+		while :; do
+			taskset $((1 << pair)) iperf3 -s -p $((iperf + pair)) 2>>/tmp/iperf3
+		done &
 		pair=$((pair + 1))
 	done
 	until [ "$(listeners)" = $((pair + 4)) ]; do sleep 1; done

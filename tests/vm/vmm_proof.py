@@ -141,15 +141,23 @@ def looked_at(guest: Guest) -> dict[str, object]:
     }
 
 
+def streams(arguments: argparse.Namespace, *options: str) -> list[dict[str, object]]:
+    """Return what iperf3 says, once the guest's servers listen: one may be starting again."""
+    while True:
+        sums = iperf(arguments.queues, arguments.seconds, *options)
+        if not any("refused" in str(one["error"]) for one in sums):
+            return sums
+
+
 def carry(guest: Guest, arguments: argparse.Namespace, steps: Steps) -> dict[str, object]:
     """A file and iperf3, each in both directions, and what Python did meanwhile."""
     before = guest.counters()
     with steps("file"):
         sums = exchange(arguments.mib << 20)
     with steps("iperf3 into the guest"):
-        into = iperf(arguments.queues, arguments.seconds)
+        into = streams(arguments)
     with steps("iperf3 out of the guest"):
-        out_of = iperf(arguments.queues, arguments.seconds, "-R")
+        out_of = streams(arguments, "-R")
     after = guest.counters()
     return {
         "sums": sums,
@@ -164,8 +172,8 @@ def masked(guest: Guest, arguments: argparse.Namespace, steps: Steps) -> dict[st
     script = guest.console.check
     with steps("masked and unmasked"), Conversation() as conversation:
         script(f"sh {GUEST_SCRIPT} mask", ANSWER)
-        into = iperf(arguments.queues, arguments.seconds)
-        out_of = iperf(arguments.queues, arguments.seconds, "-R")
+        into = streams(arguments)
+        out_of = streams(arguments, "-R")
         rounds = int(script(f"sh {GUEST_SCRIPT} unmask", ANSWER))
         conversation.goes_on()
     return {"into": into, "out_of": out_of, "rounds": rounds}
@@ -216,6 +224,7 @@ def first_life(
         guest.console.check(f"sh {GUEST_SCRIPT} serve", ANSWER)
     report |= carry(guest, arguments, steps)
     report["masked"] = masked(guest, arguments, steps)
+    report["servers"] = guest.console.run("cat /tmp/iperf3", ANSWER)[1].splitlines()
     with steps("masked, and then not"):
         held(guest)
     with steps("link down and up"):

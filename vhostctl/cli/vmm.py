@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
+import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,6 +28,13 @@ from vhostctl.vmm.netconfig import NetConfig
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MIB = 1 << 20
+_STDIN, _STDOUT, _STDERR = range(3)
+_LOOK = 0.5  # seconds
+_REASONS = {
+    End.POWER_OFF: "guest-shutdown",
+    End.RESET: "guest-reset",
+    End.QUIT: "host-ui",
+}
 # Without the second Linux looks for an AGP bridge on 256 buses of what it takes for an old AMD.
 _COMMAND_LINE = "console=ttyS0 pci=noearly"
 
@@ -33,6 +42,10 @@ _COMMAND_LINE = "console=ttyS0 pci=noearly"
 @click.group()
 def vmm() -> None:
     """Run virtual machines on /dev/kvm whose network is vhost-net's."""
+    # Where one of the three is closed, the next file would be taken for it.
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass
+    os.close(fd)
 
 
 def _common(function: F) -> F:
@@ -105,7 +118,7 @@ def run(
                --tap tap0 --addr 192.0.2.1/24 --queues 2 --cpus 2
     """
     config = MachineConfig(memory * _MIB, cpus, irqfd, ioeventfd, legacy)
-    output = Output(sys.stdout.fileno())
+    output = Output(_STDOUT)
     boot = functools.partial(Vm.boot, kernel=kernel, initrd=initrd, command_line=append)
     _drive(lambda: boot(config, card, output.write), qmp)
 
@@ -117,49 +130,52 @@ def resume(directory: Path, card: Card, ioeventfd: bool, irqfd: bool, qmp: Path 
     """Go on with a machine that QMP's `save` wrote to DIRECTORY.
 
     The files are read as the guest comes to them: they must stay as they are meanwhile. MAC
-    address and features are those that were saved.
+    address, MTU and features that the guest sees are those that were saved.
     """
-    output = Output(sys.stdout.fileno())
+    output = Output(_STDOUT)
     go_on = functools.partial(Vm.resume, irqfd=irqfd, ioeventfd=ioeventfd)
     _drive(lambda: go_on(directory, card, output.write), qmp)
 
 
 def _drive(start: Callable[[], Vm], qmp: Path | None) -> None:
     """Have the console and QMP on a machine until it ends."""
+    from vhostctl.host.listening import listening
+
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    with start() as vm:
+    with contextlib.ExitStack() as stack:
+        sockets = [] if qmp is None else stack.enter_context(listening(qmp))
+        vm = stack.enter_context(start())
         machine = vm.machine
         leave = functools.partial(machine.end, End.QUIT)
-        with Console(sys.stdin.fileno(), machine.loop, machine.serial.input, leave):
-            if qmp is None:
-                ended = machine.wait()
-            else:
-                _serve(vm, qmp)
-                ended = machine.wait()
+        with Console(_STDIN, machine.loop, machine.serial.input, leave):
+            if sockets:
+                _serve(vm, sockets)
+            # A signal that comes just ahead of a wait is seen only when that ends.
+            while (ended := machine.wait(_LOOK)) is None:
+                pass
         now = vm.counters()
     click.echo(
-        f"\n{ended.value if ended else ''}; exits to this process: {now.port_exits} port, "
+        f"\n{ended.value}; exits to this process: {now.port_exits} port, "
         f"{now.mmio_exits} MMIO, {now.doorbell_exits} doorbells; "
         f"{now.interrupts_raised} interrupts raised here",
         err=True,
     )
 
 
-def _serve(vm: Vm, path: Path) -> None:
+def _serve(vm: Vm, sockets: Sequence[socket.socket]) -> None:
     """Take commands until the machine ends."""
-    from vhostctl.host.listening import listening
     from vhostctl.service.machine import machine_commands
     from vhostctl.service.qmp import QmpServer
 
-    with listening(path) as sockets:
-        server = QmpServer(sockets)
+    server = QmpServer(sockets)
 
-        def watch() -> None:
-            with contextlib.suppress(BaseException):  # who waits behind the server gets it too
-                vm.machine.wait()
-            server.end()
+    def watch() -> None:
+        reason = "host-error"
+        with contextlib.suppress(BaseException):  # who waits behind the server gets it too
+            reason = _REASONS[vm.machine.wait() or End.QUIT]
+        server.end(reason)
 
-        watcher = threading.Thread(target=watch, name="vmm end", daemon=True)
-        watcher.start()
-        asyncio.run(server.serve(machine_commands(vm), lambda: vm.machine.end(End.QUIT)))
-        watcher.join()
+    watcher = threading.Thread(target=watch, name="vmm end", daemon=True)
+    watcher.start()
+    asyncio.run(server.serve(machine_commands(vm), lambda: vm.machine.end(End.QUIT)))
+    watcher.join()

@@ -49,6 +49,7 @@ class SessionConfig:
     """What to wire: `queues` is pairs, `queue_size` descriptors, `memory_size` bytes.
 
     `enabled` is how many pairs take part from the start, the first ones; None: all of them.
+    `link` is whether the link is up then.
     `driver` are the feature bits that the guest's driver understands, `vmm` those that the
     caller serves itself (MAC, control queue...). `busyloop` is how long the worker polls, in
     microseconds. `worker` is ``task``, ``kthread`` or None for the kernel's choice.
@@ -59,6 +60,7 @@ class SessionConfig:
     device: str = DEFAULT_PATH
     queues: int = 1
     enabled: int | None = None
+    link: bool = True
     queue_size: int = 256
     memory_size: int = 32 << 20
     policy: Policy = field(default_factory=Policy)
@@ -156,7 +158,7 @@ class Wiring:
         )
         self.queues: list[VirtQueue] = []
         self.pairs: list[VhostPair] = []
-        self.link = True
+        self.link = config.link
         """Whether backends are attached while the session runs."""
         self.busyloop = config.busyloop
         self.negotiated = NegotiationResult(0, 0, 0, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -80,19 +80,21 @@ class Vm(Closing):
         irqfd: bool = True,
         ioeventfd: bool = True,
     ) -> Self:
-        """Go on with what `save` wrote to `directory`; the card has its MAC address from there.
+        """Go on with what `save` wrote to `directory`; the guest sees the card that it had.
 
         Raises InvalidArgument, NegotiationError and KernelError.
         """
         state = MachineState.load(directory)
         if len(state.nics) != 1:
             raise InvalidArgument(f"{directory}: {len(state.nics)} network cards, not one")
+        nic_state = state.nics[0].device
+        card = replace(card, net=replace(card.net, mtu=nic_state.mtu))
         with ExitStack() as stack:
             ram = stack.enter_context(suspend.saved_ram(state, directory))
             made = _devices(stack, card)
             config = state.config(irqfd=irqfd, ioeventfd=ioeventfd)
             machine = stack.enter_context(Machine(config, ram, output))
-            nic = _plug(machine, made, card, state.nics[0].device.tap_offer)
+            nic = _plug(machine, made, card, nic_state.tap_offer)
             suspend.restore(machine, [nic], state)
             return cls._go(stack, machine, nic)
 
@@ -106,11 +108,6 @@ class Vm(Closing):
         """Take the card's link down or up; the guest is told. Raises KernelError."""
         with self.machine.lock:
             self._nic.set_link(up)
-
-    @property
-    def link(self) -> bool:
-        """Whether the card's link is up."""
-        return self._nic.link
 
     def save(self, directory: Path) -> None:
         """Write everything to `directory`, then end the machine; see vmm/suspend.py.

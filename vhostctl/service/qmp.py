@@ -62,6 +62,7 @@ class QmpServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()
         self._reason = "host-signal"
+        self._over = False
 
     def emit(self, event: str, data: Mapping[str, object]) -> None:
         """Tell every client; from any thread. Outside of `serve()` there is nobody to tell."""
@@ -88,6 +89,8 @@ class QmpServer:
         """
         others = list(commands)
         self._loop = asyncio.get_running_loop()
+        if self._over:
+            self._ended.set()
         self._own = {each.name: each for each in basic_commands(others, self._quit)}
         self._others = {each.name: each for each in others}
         with ThreadPoolExecutor(1, "vhostctl-commands") as self._executor, self._signals():
@@ -98,7 +101,8 @@ class QmpServer:
                 notify("STOPPING=1")
             finally:
                 self._ended.set()
-                self.emit("SHUTDOWN", {"guest": False, "reason": self._reason})
+                guest = self._reason.startswith("guest-")
+                self.emit("SHUTDOWN", {"guest": guest, "reason": self._reason})
                 await _cancel(accepting)
                 try:
                     await self._loop.run_in_executor(self._executor, finish)
@@ -106,14 +110,17 @@ class QmpServer:
                     await _cancel(self._clients.values())
                     self._loop = None
 
-    def end(self) -> None:
-        """End `serve()`, from any thread; nothing if it has ended."""
+    def end(self, reason: str) -> None:
+        """End `serve()`, from any thread; nothing if it has ended.
+
+        Clients hear of the `reason`, one of QEMU's ShutdownCause ("guest-shutdown"...).
+        """
+        self._reason = reason
+        self._over = True  # first: `serve()` looks at it when there is a loop
         loop = self._loop
         if loop is not None:
             with suppress(RuntimeError):  # it was closed in this moment
                 loop.call_soon_threadsafe(self._ended.set)
-        else:
-            self._ended.set()
 
     def _quit(self) -> None:
         self._reason = "host-qmp-quit"

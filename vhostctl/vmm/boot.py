@@ -186,7 +186,7 @@ def _read_kernel(
     start = (header.setup_sects or 4) * 512 + 512
     size = os.fstat(file.fileno()).st_size - start
     # The last 16 bytes need not be there in full; a signature may follow.
-    if size + 15 < header.syssize * 16:
+    if size < max(header.syssize * 16 - 15, 1):
         raise _not_bootable(kernel, "its end is missing")
     end = header.pref_address + max(header.init_size, size)
     if header.pref_address < layout.KERNEL_MIN or end > low:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
@@ -9,7 +10,6 @@ import termios
 import tty
 from collections.abc import Callable
 
-from vhostctl.errors import KernelError
 from vhostctl.host.closing import Closing
 from vhostctl.vmm.loop import Loop
 
@@ -58,12 +58,18 @@ class Console(Closing):
         self._leave = leave
         self._escaped = False
         self._before: list[object] | None = None
-        if os.isatty(fd):
-            self._before = termios.tcgetattr(fd)
-            tty.setraw(fd)
-        # epoll(7) does not take files, which have everything at once and no guest to read it.
-        with contextlib.suppress(PermissionError):
-            loop.watch(fd, self._read)
+        # A signal may end the process ahead of the caller's `with`, or within `close()`.
+        atexit.register(self._restore)
+        try:
+            if os.isatty(fd):
+                self._before = termios.tcgetattr(fd)
+                tty.setraw(fd)
+            # epoll(7) does not take files, which have everything at once and no guest to read it.
+            with contextlib.suppress(PermissionError):
+                loop.watch(fd, self._read)
+        except BaseException:
+            self.close()
+            raise
 
     def _read(self) -> None:
         try:
@@ -90,8 +96,13 @@ class Console(Closing):
 
     def close(self) -> None:
         """Read no more, and have the terminal as it was; a second call does nothing."""
-        with contextlib.suppress(KernelError):
-            self._loop.unwatch(self._fd)
-        before, self._before = self._before, None
-        if before is not None:
-            termios.tcsetattr(self._fd, termios.TCSADRAIN, before)  # type: ignore[arg-type]
+        self._restore()
+        atexit.unregister(self._restore)
+        self._loop.unwatch(self._fd)
+
+    def _restore(self) -> None:
+        if self._before is not None:
+            with contextlib.suppress(termios.error):  # it hung up
+                # Not to wait for it: nobody may read.
+                termios.tcsetattr(self._fd, termios.TCSANOW, self._before)  # type: ignore[arg-type]
+            self._before = None

@@ -71,7 +71,7 @@ class CpuThread:
         self._changed = threading.Condition(lock)
         self._on_end = on_end
         self._wanted = _Wanted.PAUSED
-        self._parked = False
+        self._parked = True  # nobody is in KVM_RUN
         self._ended = False
         self._kickable: int | None = None  # the thread, while the signal does not kill it
         # A vCPU whose thread hangs must not keep the process from ending.
@@ -80,7 +80,6 @@ class CpuThread:
     def start(self) -> None:
         """Make the thread; the vCPU is paused. Call once."""
         self._thread.start()
-        self._wait()
 
     def resume(self) -> None:
         """Let the vCPU run. Raises StateError after `stop()`."""
@@ -99,7 +98,10 @@ class CpuThread:
             if self._wanted is _Wanted.RUNNING:
                 self._want(_Wanted.PAUSED)
             if threading.current_thread() is not self._thread:
-                self._wait()
+                # Somebody else may have it run again meanwhile.
+                self._changed.wait_for(
+                    lambda: self._parked or self._ended or self._wanted is _Wanted.RUNNING
+                )
 
     def stop(self) -> None:
         """Return when the thread has ended, for good; the last exit is finished as in `pause`.
@@ -112,13 +114,6 @@ class CpuThread:
                 return
             self._changed.wait_for(lambda: self._ended)
         self._thread.join()
-
-    def _wait(self) -> None:
-        """Wait until the vCPU is paused, has ended, or is to run again after all."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._parked or self._ended or self._wanted is _Wanted.RUNNING
-            )
 
     def _want(self, wanted: _Wanted) -> None:
         self._wanted = wanted

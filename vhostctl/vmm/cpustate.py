@@ -24,7 +24,7 @@ _TSC_DEADLINE = 0x6E0
 _State = TypeVar("_State", bound=Struct)
 
 
-class CpuState(msgspec.Struct, frozen=True, kw_only=True):
+class CpuState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One vCPU: `msrs` by number, `tsc_khz` a rate, the others structs of the kernel."""
 
     index: int
@@ -41,7 +41,7 @@ class CpuState(msgspec.Struct, frozen=True, kw_only=True):
     msrs: dict[int, int]
 
 
-class KvmState(msgspec.Struct, frozen=True, kw_only=True):
+class KvmState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The vCPUs, the interrupt controllers by KVM_IRQCHIP_*, the PIT and KVM's clock (ns)."""
 
     cpus: list[CpuState]
@@ -134,4 +134,7 @@ def _struct(kind: type[_State], data: bytes) -> _State:
 
 def _cpuid(data: bytes) -> kvm.kvm_cpuid2:
     leaves = (len(data) - ctypes.sizeof(kvm.kvm_cpuid2)) // ctypes.sizeof(kvm.kvm_cpuid_entry2)
-    return _struct(type(kvm.kvm_cpuid2_table([], max(leaves, 0))), data)
+    table = _struct(type(kvm.kvm_cpuid2_table([], max(leaves, 0))), data)
+    if table.nent != leaves:  # KVM would read on behind the table, and show it to the guest
+        raise InvalidArgument(f"CPUID of {table.nent} leaves in a table of {leaves}")
+    return table

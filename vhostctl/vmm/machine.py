@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -96,8 +95,8 @@ class Machine(Closing):
 
     `space` is its memory: what is added to it or removed, KVM and vhost hear of. `lock` is
     held around every call into a device model; hold it to change one from outside. Devices
-    come by `add()`, then `boot()` or `restore()` in vmm/suspend.py, then `resume()`; `wait()`
-    returns how it ended. `close()` stops the vCPUs and closes the devices.
+    come by `add()`, then `boot()` or `restore()` in vmm/suspend.py, then `start()` and `resume()`;
+    `wait()` returns how it ended. `close()` stops the vCPUs and closes the devices.
     """
 
     def __init__(
@@ -117,7 +116,8 @@ class Machine(Closing):
         self.lock = threading.RLock()
         self.functions: list[VirtioPci] = []
         self._running = False
-        self._ended: queue.SimpleQueue[End | BaseException] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._outcome: End | BaseException | None = None
         with ExitStack() as stack:
             self._build(stack, output, kvm)
             self._stack = stack.pop_all()
@@ -135,7 +135,7 @@ class Machine(Closing):
         self.doorbells = stack.enter_context(Doorbells(self.vm, self.space))
         self.interrupts = Interrupts(self.vm, config.irqfd)
         self.ports, self.mmio = Bus("I/O port", _PORTS), Bus("MMIO", _ADDRESSES)
-        self.loop = stack.enter_context(Loop(self.lock, self._fail))
+        self.loop = stack.enter_context(Loop(self.lock, self._finish))
         self.serial = Serial(partial(self.interrupts.line, layout.SERIAL_GSI), output)
         self.ports.add(layout.SERIAL_PORTS.start, len(layout.SERIAL_PORTS), self.serial)
         self.platform = Platform(
@@ -211,30 +211,29 @@ class Machine(Closing):
     def wait(self, timeout: float | None = None) -> End | None:
         """Return how the machine ended; None if it has not within `timeout` seconds.
 
-        Raises VhostctlError for a vCPU that KVM cannot run any more, and what a device model
-        raised.
+        For any number of threads, which all learn of the first end. Raises VhostctlError for a
+        vCPU that KVM cannot run any more, and what a device model raised.
         """
-        try:
-            ended = self._ended.get(timeout=timeout)
-        except queue.Empty:
-            return None
-        self._ended.put(ended)
-        if isinstance(ended, BaseException):
-            raise ended
-        return ended
+        self._ended.wait(timeout)
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
 
     def end(self, how: End) -> None:
         """Have `wait()` return `how`, unless it ended before; for any thread."""
-        self._ended.put(how)
+        self._finish(how)
 
-    def _fail(self, error: BaseException) -> None:
-        self._ended.put(error)
+    def _finish(self, outcome: End | BaseException) -> None:
+        with self.lock:
+            if self._outcome is None:
+                self._outcome = outcome
+        self._ended.set()
 
     def _cpu_ended(self, end: CpuEnd) -> None:
         if isinstance(end.cause, BaseException):
-            self._fail(end.cause)
+            self._finish(end.cause)
         else:
-            self._fail(StateError(f"vCPU {end.index}: {end.cause}", hint="the guest is lost"))
+            self._finish(StateError(f"vCPU {end.index}: {end.cause}", hint="the guest is lost"))
 
     def counters(self) -> Counters:
         """Return what left the guest for this process."""
@@ -246,7 +245,11 @@ class Machine(Closing):
         )
 
     def close(self) -> None:
-        """Stop the vCPUs and the loop, take the devices out, close all that is ours."""
-        for cpu in self.cpus:
-            cpu.stop()
-        self._stack.close()
+        """Stop the vCPUs and the loop, take the devices out, close all that is ours.
+
+        Who still waits for the end learns of it. A second call does nothing.
+        """
+        with self._stack:  # closed even if we are interrupted while a vCPU stops
+            self.end(End.QUIT)
+            for cpu in self.cpus:
+                cpu.stop()

@@ -19,7 +19,7 @@ from vhostctl.control.rings import RingPlacement
 from vhostctl.control.session import Session
 from vhostctl.control.states import State
 from vhostctl.control.wiring import SessionConfig
-from vhostctl.errors import InvalidArgument, VhostctlError
+from vhostctl.errors import InvalidArgument, KernelError, VhostctlError
 from vhostctl.host.closing import Closing
 from vhostctl.host.eventfd import EventFd
 from vhostctl.host.tap import Tap
@@ -178,22 +178,32 @@ class NetDevice(Closing):
     def start(self, features: int, rings: Sequence[Ring]) -> None:
         """Hand the rings to vhost. Raises InvalidArgument, NegotiationError and KernelError."""
         self._place_control(features)
+        pairs = self._set_up(rings)
         session = Session(
-            self._session_config(features),
+            self._session_config(features, pairs),
             memory=self._space,
-            **self._handed(self._control_at // 2),
-            rings=[self._placed(rings, n) for n in range(self._control_at)],
+            **self._handed(pairs),
+            rings=[self._placed(rings, n) for n in range(2 * pairs)],
         )
         self._run(session)
         self._set_control(features, rings, 0)
 
-    def _session_config(self, features: int) -> SessionConfig:
-        pairs = self._control_at // 2
+    def _set_up(self, rings: Sequence[Ring]) -> int:
+        """Return how many pairs the driver has set up: it need not have all (5.1.5)."""
+        pairs = 1
+        while 2 * pairs < self._control_at and all(
+            ring.placement for ring in rings[2 * pairs : 2 * pairs + 2]
+        ):
+            pairs += 1
+        return pairs
+
+    def _session_config(self, features: int, pairs: int) -> SessionConfig:
         return SessionConfig(
             tap=self._tap.name,
             device=self._vhost[0].label,
             queues=pairs,
             enabled=1,
+            link=self._link,
             queue_size=self._config.queue_size,
             policy=Policy(required=features),
             driver=features,
@@ -226,8 +236,6 @@ class NetDevice(Closing):
         try:
             session.prepare()
             session.start()
-            if not self._link:
-                session.set_link(False)
         except BaseException:
             session.close()
             raise
@@ -269,7 +277,8 @@ class NetDevice(Closing):
 
     def set_pairs(self, pairs: int) -> bool:
         """Have the first `pairs` pairs take part; False if there are not so many. KernelError."""
-        if not 1 <= pairs <= self._control_at // 2:
+        session = self._session
+        if session is None or not 1 <= pairs <= session.config.queues:
             return False
         self._wanted_pairs = pairs
         self._enable_pairs()
@@ -302,15 +311,20 @@ class NetDevice(Closing):
         if self._session is not None:
             self._session.set_link(up)
         self._link = up
+        self._changed()
         if up:
             self._drained_by = time.monotonic() + _DRAIN
             self._enable_pairs()
-        self._changed()
 
     def announce(self) -> None:
-        """Ask the driver to tell the network where it is now (VIRTIO_NET_S_ANNOUNCE)."""
-        self._announcing = True
-        self._changed()
+        """Ask the driver to tell the network where it is now (VIRTIO_NET_S_ANNOUNCE).
+
+        Nothing if there is none, or one that did not say that it can.
+        """
+        session = self._session
+        if session is not None and session.features >> virtio.VIRTIO_NET_F_GUEST_ANNOUNCE & 1:
+            self._announcing = True
+            self._changed()
 
     def _changed(self) -> None:
         if self._transport is not None:
@@ -324,7 +338,12 @@ class NetDevice(Closing):
         self._wanted_pairs = 1
         self._announcing = False
         if session is not None:
+            running = session.state is State.RUNNING  # else somebody goes on with the tap
             session.close()
+            if running:
+                # What is queued from now on is for a driver that may take none.
+                with contextlib.suppress(KernelError):  # the tap was deleted
+                    self._tap.queues[0].set_offload(0)
         for event in (*self._kicks, *self.calls):
             event.drain()
 
@@ -342,6 +361,7 @@ class NetDevice(Closing):
             tap_offer=self._tap_offer,
             session=session,
             control=self._control.base if self._control is not None else None,
+            mtu=self._config.mtu,
         )
 
     def go_on(self) -> None:
@@ -366,7 +386,7 @@ class NetDevice(Closing):
             state.session,
             self._vhost[0].label,
             memory=self._space,
-            **self._handed(self._control_at // 2),
+            **self._handed(len(state.session.rings) // 2),
         )
         self._run(session)
         if state.control is not None:
@@ -374,5 +394,6 @@ class NetDevice(Closing):
 
     def close(self) -> None:
         """Take the rings away from vhost and close what is ours; a second call does nothing."""
-        self.reset()
-        self._events.close()
+        if not self.config_call.closed:
+            with self._events:
+                self.reset()

@@ -9,8 +9,12 @@ import msgspec
 
 from vhostctl.control.features import Policy
 from vhostctl.control.netsetup import parse_mac
+from vhostctl.control.rings import check_size
 from vhostctl.control.snapshot import Snapshot
+from vhostctl.errors import InvalidArgument
 from vhostctl.vmm.netcommands import MAC_SIZE
+
+MTU_MIN, MTU_MAX = 68, 65535  # virtio 1.2, 5.1.4.1
 
 
 class NetState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -19,6 +23,7 @@ class NetState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `tap_offer` is the feature bits that the tap offers: it is not asked again, for that would
     disturb what is in it. `session` is the document of control/snapshot.py, and `control` where
     the control queue's avail ring is read next; None while the driver has not started the device.
+    `mtu` is `NetConfig.mtu`.
     """
 
     mac: Annotated[bytes, msgspec.Meta(min_length=MAC_SIZE, max_length=MAC_SIZE)]
@@ -28,6 +33,7 @@ class NetState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tap_offer: int
     session: Snapshot | None
     control: int | None
+    mtu: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,5 +49,8 @@ class NetConfig:
     policy: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:
-        """Raise InvalidArgument for a MAC address that is none, or not of one station."""
+        """Raise InvalidArgument for a MAC address, MTU or size of rings that no driver takes."""
         parse_mac(self.mac)
+        check_size(self.queue_size)
+        if self.mtu is not None and not MTU_MIN <= self.mtu <= MTU_MAX:
+            raise InvalidArgument(f"MTU {self.mtu}", hint=f"use {MTU_MIN} to {MTU_MAX} bytes")

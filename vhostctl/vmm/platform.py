@@ -12,6 +12,7 @@ import msgspec
 from vhostctl.vmm import layout
 from vhostctl.vmm.acpi import RESET_VALUE, SLEEP_TYPE_OFF
 from vhostctl.vmm.bus import Bus
+from vhostctl.vmm.registers import U16
 
 _SCI_EN = 1 << 0
 _SLP_TYP = 0x1C00
@@ -19,11 +20,11 @@ _SLP_TYP_SHIFT = 10
 _SLP_EN = 1 << 13
 
 
-class PlatformState(msgspec.Struct, frozen=True, kw_only=True):
+class PlatformState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """PM1_EN and PM1_CNT; the rest never changes."""
 
-    enable: int
-    control: int
+    enable: U16
+    control: U16
 
 
 class Platform:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import msgspec
 
+from vhostctl.vmm.registers import U8, U16
+
 _FIFO_SIZE = 16
 
 _IER_RECEIVED = 0x01
@@ -49,15 +51,15 @@ class _At:
     SCR = 7
 
 
-class SerialState(msgspec.Struct, frozen=True, kw_only=True):
+class SerialState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that a port remembers: its registers, and what the guest has not read yet."""
 
-    ier: int
-    fcr: int
-    lcr: int
-    mcr: int
-    scr: int
-    divisor: int
+    ier: U8
+    fcr: U8
+    lcr: U8
+    mcr: U8
+    scr: U8
+    divisor: U16
     overrun: bool
     sent: bool
     received: bytes

@@ -14,7 +14,7 @@ from typing import Self
 
 import msgspec
 
-from vhostctl.errors import InvalidArgument, kernel_error
+from vhostctl.errors import InvalidArgument, StateError, kernel_error
 from vhostctl.host.memory import MappedRegion
 from vhostctl.vmm import cpustate, layout
 from vhostctl.vmm.cpustate import KvmState
@@ -31,6 +31,7 @@ DOCUMENT = "machine.json"
 MEMORY = "memory"
 
 _CHUNK = 1 << 20
+_MODE = 0o600
 
 
 class NicState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,14 +89,18 @@ def save(machine: Machine, nics: Sequence[NetDevice], directory: Path) -> None:
     """Pause `machine` and write it to `directory`, which is made; it stays paused.
 
     `nics` are the devices behind `machine.functions`, in their order. If it fails the machine
-    goes on as before, and `directory` has no document. Raises KernelError (ENOSPC...).
+    goes on as before, or stays paused if it was, and `directory` has no document. Raises
+    KernelError (ENOSPC...), StateError for a machine that has ended, or what ended it.
     """
     with ExitStack() as undo:
-        undo.callback(machine.resume)
+        if machine.running:
+            undo.callback(machine.resume)
         machine.pause()
         with machine.lock:
+            if (end := machine.wait(0)) is not None:
+                raise StateError(f"the machine has ended: {end.value}", hint="boot another one")
             for nic in nics:
-                undo.callback(nic.go_on)
+                undo.callback(_go_on, machine, nic)
             devices = [nic.save() for nic in nics]
             # Before the vCPUs: an interrupt on its way goes to their local APICs.
             functions = [function.save() for function in machine.functions]
@@ -113,6 +118,11 @@ def save(machine: Machine, nics: Sequence[NetDevice], directory: Path) -> None:
         undo.pop_all()
 
 
+def _go_on(machine: Machine, nic: NetDevice) -> None:
+    with machine.lock:
+        nic.go_on()
+
+
 def _write(machine: Machine, state: MachineState, directory: Path) -> None:
     with _about(directory), ExitStack() as undo:
         directory.mkdir(parents=True, exist_ok=True)
@@ -121,12 +131,15 @@ def _write(machine: Machine, state: MachineState, directory: Path) -> None:
         undo.callback(memory.unlink, missing_ok=True)
         # A new file: who was resumed from the old one has it mapped.
         memory.unlink(missing_ok=True)
+        # What a guest keeps secret is in both files.
+        memory.touch(_MODE)
         with memory.open("wb") as file:
             for region in machine.ram:
                 _write_region(file.fileno(), region)
             file.truncate(machine.config.memory)
         fresh = directory / f"{DOCUMENT}.new"
         undo.callback(fresh.unlink, missing_ok=True)
+        fresh.touch(_MODE)
         fresh.write_bytes(msgspec.json.encode(state))
         fresh.rename(directory / DOCUMENT)
         undo.pop_all()
@@ -138,7 +151,7 @@ def _write_region(fd: int, region: MappedRegion) -> None:
     with region.view() as view:
         for at in range(0, region.size, _CHUNK):
             chunk = view[at : at + _CHUNK]
-            if chunk == zero[: len(chunk)]:
+            if bytes(chunk) == zero[: len(chunk)]:  # views are compared byte by byte
                 os.lseek(fd, len(chunk), os.SEEK_CUR)
                 continue
             while chunk:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import msgspec
 
@@ -155,10 +156,11 @@ class VirtioPci(PciFunction, Closing):
         if self._closed:
             return
         self._closed = True
-        self._transport.halt()
-        self._events.close()
-        if self.bus is not None:
-            self.bus.remove(self)
+        with ExitStack() as steps:  # all of them, whatever one raises
+            if self.bus is not None:
+                steps.callback(self.bus.remove, self)
+            steps.callback(self._events.close)
+            self._transport.halt()
 
     def _set_line(self, level: bool) -> None:
         self.show_interrupt(asserted=bool(self._events.isr))

@@ -14,6 +14,7 @@ from vhostctl.control.rings import RingPlacement
 from vhostctl.errors import InvalidArgument, VhostctlError
 from vhostctl.vmm.log import log
 from vhostctl.vmm.notifiers import HostNotifier
+from vhostctl.vmm.registers import U8, U16, U32
 from vhostctl.vmm.virtio import NO_VECTOR, Ring, VirtioDevice
 from vhostctl.vmm.virtio_events import Events
 
@@ -27,10 +28,6 @@ _NOTED = (
 )
 _WORD = 0xFFFF_FFFF
 
-
-U8 = Annotated[int, msgspec.Meta(ge=0, le=0xFF)]
-U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
-U32 = Annotated[int, msgspec.Meta(ge=0, le=_WORD)]
 Address = Annotated[int, msgspec.Meta(ge=0)]
 
 
