@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from vhostctl.lab.vm import Machine
 
 SECONDS = int(os.environ.get("VHOSTCTL_VMM_SECONDS", "3"))
 MIB = int(os.environ.get("VHOSTCTL_VMM_MIB", "8"))
+TRIES = 3
+LOST = re.compile(r"the guest is lost|Kernel panic - not syncing|^.*\] Oops: ", re.MULTILINE)
 LIMIT = 600 + 8 * SECONDS  # seconds for the guest; the machine around it has more
 
 
@@ -41,21 +44,29 @@ def guest_initrd(kernel: Kernel, tmp_path: Path) -> Path:
 
 
 def in_a_vm(kernel: Kernel, argv: Sequence[str]) -> Outcome | None:
-    """Run `argv` in a VM; None if that was lost, which under an emulator happens now and then."""
+    """Run `argv` in a VM; None if that was lost, or its guest.
+
+    Under QEMU's emulator of SVM both happen in about one run of ten, on every vhost device:
+    an oops shows flags with bits that no processor has.
+    """
     try:
         # One CPU: code that a guest patches on one may run stale on another under the emulator.
-        return run(Machine(kernel, 1), argv, LIMIT + 120)
+        outcome = run(Machine(kernel, 1), argv, LIMIT + 120)
     except LostMachineError as lost:
         print(lost)
         return None
+    if outcome.status and LOST.search(outcome.stderr):
+        print(outcome)
+        return None
+    return outcome
 
 
 def proof(kernel: Kernel, guest_initrd: Path, *options: str) -> dict[str, Any]:
     """Run tests/vm/vmm_proof.py, look at what holds for every guest, and return what it saw."""
     argv = ["python", "-m", "tests.vm.vmm_proof", str(kernel.image), str(guest_initrd)]
     argv += ["--seconds", str(SECONDS), "--mib", str(MIB), "--limit", str(LIMIT), *options]
-    outcome = in_a_vm(kernel, argv) or in_a_vm(kernel, argv)
-    assert outcome is not None
+    outcome = next(filter(None, (in_a_vm(kernel, argv) for _ in range(TRIES))), None)
+    assert outcome is not None, f"the guest was lost {TRIES} times"
     print(outcome)
     assert outcome.status == 0
     report: dict[str, Any] = json.loads(outcome.stdout)
