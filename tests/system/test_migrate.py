@@ -25,26 +25,27 @@ from vhostctl.jobs.migrate import migrate
 MIGRANT = "vhostctl.jobs.migrant"
 
 
-# They look at all processes of the machine for those of a migration.
-pytestmark = pytest.mark.xdist_group("migrate")
+MINE = f"VHOSTCTL_TEST_MIGRATE={os.getpid()}"
+"""In the environment of what these tests start: others migrate at the same time."""
 
 
 def migrants() -> list[int]:
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            if MIGRANT.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
+            its = (process / "environ").read_bytes().split(b"\0")
+            if MINE.encode() in its and MIGRANT.encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
         except OSError:
             continue  # it ended meanwhile
     return found
 
 
 @pytest.fixture(autouse=True)
-def no_process_left() -> Iterator[None]:
-    before = set(migrants())
+def no_process_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(*MINE.split("="))
     yield
-    until(lambda: set(migrants()) <= before, "the other processes ended")
+    until(lambda: not migrants(), "the other processes ended")
 
 
 def command(device: str, *more: str) -> list[str]:
@@ -134,5 +135,5 @@ def test_who_ends_it_ends_the_other_processes(device: str, number: signal.Signal
         os.killpg(moving.pid, number) if number == signal.SIGINT else moving.send_signal(number)
         _, errors = moving.communicate(timeout=120)
     ended = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
-    assert moving.returncode == ended.get(number, -number)
+    assert moving.returncode == ended.get(number, -number), errors.decode()
     assert b"Traceback" not in errors
