@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -62,12 +63,16 @@ def huge_pages() -> Iterator[None]:
     """As many free huge pages as a region of SIZE takes."""
     if not HUGE_POOL.exists():
         pytest.skip(f"the kernel has no huge pages of {HUGE} bytes")
-    before = int(HUGE_POOL.read_text())
+    before, wanted = int(HUGE_POOL.read_text()), SIZE // HUGE
+    free = HUGE_POOL.with_name("free_hugepages")
     try:
-        HUGE_POOL.write_text(str(before + SIZE // HUGE))
-        got = int(HUGE_POOL.read_text()) - before
-        if got < SIZE // HUGE:
-            pytest.skip(f"the kernel found {got} of {SIZE // HUGE} huge pages")
+        for _ in range(50):  # pages that were just given back are counted for a moment
+            HUGE_POOL.write_text(str(before + wanted))
+            if int(free.read_text()) >= wanted:
+                break
+            time.sleep(0.1)
+        else:
+            pytest.skip(f"the kernel found {free.read_text().strip()} of {wanted} huge pages")
         yield
     finally:
         HUGE_POOL.write_text(str(before))
