@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Self, TypeVar
 
+from tests.support.wired import Wired
 from vhostctl.abi import virtio
 from vhostctl.control import access
 from vhostctl.control.addressspace import AddressSpace
 from vhostctl.control.features import mask
-from vhostctl.control.netsetup import LinkSettings, link_steps
-from vhostctl.control.plan import Plan
-from vhostctl.control.rings import RingPlacement, VirtQueue, place_rings
+from vhostctl.control.rings import RingPlacement, place_rings
 from vhostctl.control.wiring import DRIVER_BITS
-from vhostctl.guest.driver import NetDriver
-from vhostctl.host.links import LinkCounters, Links, LinkState
 from vhostctl.host.memory import MappedRegion
-from vhostctl.host.netns import NetNamespace
-from vhostctl.host.tap import Tap
 from vhostctl.host.vhost import VhostNet
-from vhostctl.jobs.traffic import ADDRESSES, Traffic
 from vhostctl.vmm.net import NetDevice
 from vhostctl.vmm.netconfig import NetConfig
 from vhostctl.vmm.virtio import Ring
 
-T = TypeVar("T")
-
 MAC = "02:00:00:00:00:02"
 SIZE = 64
 MEMORY = 32 << 20
-NOTHING_LOST = [0, 0, 0, 0]
 BITS = DRIVER_BITS & ~mask(virtio.VIRTIO_F_ACCESS_PLATFORM) | mask(
     virtio.VIRTIO_NET_F_MAC,
     virtio.VIRTIO_NET_F_STATUS,
@@ -81,32 +69,22 @@ class Commands:
         return access.read(self._space, self._buffers + len(command), 1)[0]
 
 
-class Rig:
-    """A tap of `queues` queues in a namespace, a NetDevice on it, and what a driver does.
-
-    `restore` resumes another rig's device: see `handed_over`.
-    """
+class Rig(Wired):
+    """A tap of `queues` queues in a namespace, a NetDevice on it, and what a driver does."""
 
     def __init__(self, device: str, queues: int = 1, features: int = BITS) -> None:
+        super().__init__(queues)
         self.transport = Transport()
-        self._stack = ExitStack()
-        self._links = Links()
         self._wanted = features
-        enter = self._stack.enter_context
+        enter = self.stack.enter_context
         try:
-            self.namespace = enter(NetNamespace())
             self.memory = enter(MappedRegion.anonymous(0, MEMORY, "memory"))
             self.space = AddressSpace([self.memory])
-            self.tap = enter(self.in_namespace(lambda: Tap.open("tap0", queues)))
-            self._stack.callback(self.in_namespace, self._links.close)
-            self.in_namespace(self._links.open)
-            plan = Plan(link_steps(self._links, "tap0", LinkSettings(addresses=ADDRESSES)))
-            self.in_namespace(plan.run)
             self.vhost = [enter(VhostNet.at(device)) for _ in range(queues)]
             self.net = enter(NetDevice(self.space, self.tap, self.vhost, NetConfig(MAC)))
             self.net.attach(self.transport)
         except BaseException:
-            self._stack.close()
+            self.close()
             raise
 
     def start(self, enable: int | None = None) -> None:
@@ -127,18 +105,7 @@ class Rig:
         self.commands = Commands(self.space, control, end)
         end += 4096
         self.net.start(self.features, self.rings)
-        events = zip(self.net.kicks, self.net.calls, self.net.errors, strict=False)
-        queues = [
-            VirtQueue(ring, {"kick": kick, "call": call, "error": error})
-            for ring, (kick, call, error) in zip(rings, events, strict=False)
-            if kick is not None
-        ]
-        pairs = list(zip(queues[::2], queues[1::2], strict=True))
-        self.driver = self._stack.enter_context(
-            NetDriver(self.space, pairs, self.features, (end, MEMORY - end), max_frame=1514)
-        )
-        for pair in self.driver.pairs:
-            pair.start()
+        self.drive(self.space, self.net, rings, self.features, (end, MEMORY - end))
 
     def command(self, *words: int, data: bytes = b"") -> int:
         """Give a command; return what it was answered with."""
@@ -151,29 +118,3 @@ class Rig:
     def control(self) -> int:
         """The number of the control queue."""
         return len(self.rings) - 1
-
-    def exchange(self, pairs: int = 1) -> list[int]:
-        """Send datagrams both ways over the first `pairs` pairs.
-
-        Returns how many were lost and how many came changed, to the guest and to the host.
-        """
-        with Traffic(self, self.driver.pairs[:pairs]) as traffic:
-            traffic.ping()
-            traffic.exchange(128)
-            ways = (traffic.to_guest, traffic.to_host)
-            return [count for way in ways for count in (way.lost, way.changed)]
-
-    def in_namespace(self, function: Callable[[], T]) -> T:
-        return self.namespace.run(function)
-
-    def counters(self) -> LinkCounters:
-        return self.in_namespace(lambda: self._links.counters("tap0"))
-
-    def link_state(self) -> LinkState:
-        return self.in_namespace(lambda: self._links.state("tap0"))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()

@@ -7,7 +7,6 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Self, TypeVar, cast
 
@@ -16,19 +15,13 @@ import pytest
 from tests.support.realmode import open_kvm
 from tests.support.vmm_chaos import Chaos
 from tests.support.vmm_hostile import RAM, Driver, GuestCpu
-from tests.support.vmm_net import BITS, MAC, NOTHING_LOST, Commands
+from tests.support.vmm_net import BITS, MAC, Commands
+from tests.support.wired import NOTHING_LOST, Wired
 from vhostctl.abi import pci, virtio
 from vhostctl.control import access
-from vhostctl.control.netsetup import LinkSettings, link_steps
-from vhostctl.control.plan import Plan
-from vhostctl.control.rings import VirtQueue, place_rings
-from vhostctl.guest.driver import NetDriver
-from vhostctl.host.links import LinkCounters, Links, LinkState
+from vhostctl.control.rings import place_rings
 from vhostctl.host.memory import BorrowedRegion, MappedRegion
-from vhostctl.host.netns import NetNamespace
-from vhostctl.host.tap import Tap
 from vhostctl.host.vhost import VhostNet
-from vhostctl.jobs.traffic import ADDRESSES, Traffic
 from vhostctl.vmm.log import BURST, PERIOD
 from vhostctl.vmm.machine import Machine, MachineConfig
 from vhostctl.vmm.net import NetDevice
@@ -78,21 +71,14 @@ class Guarded:
         self._parts.clear()
 
 
-class Pc:
+class Pc(Wired):
     """A machine with a card of two queue pairs, in a network namespace that sends to it."""
 
     def __init__(self, device: str, config: MachineConfig) -> None:
-        self._stack = ExitStack()
-        self._links = Links()
-        enter = self._stack.enter_context
+        super().__init__(2)
+        enter = self.stack.enter_context
         try:
-            self.namespace = enter(NetNamespace())
-            self.guarded = Guarded(self._stack)
-            self.tap = enter(self.in_namespace(lambda: Tap.open("tap0", 2)))
-            self._stack.callback(self.in_namespace, self._links.close)
-            self.in_namespace(self._links.open)
-            plan = Plan(link_steps(self._links, "tap0", LinkSettings(addresses=ADDRESSES)))
-            self.in_namespace(plan.run)
+            self.guarded = Guarded(self.stack)
             vhost = [enter(VhostNet.at(device)) for _ in range(2)]
             ram = cast("Any", self.guarded.ram)
             self.machine = enter(Machine(config, [ram], lambda _: None))
@@ -103,7 +89,7 @@ class Pc:
             self.cpu = GuestCpu(self.machine, self.machine.add(self.net))
             self.pci = Driver(self.cpu)
         except BaseException:
-            self._stack.close()
+            self.close()
             raise
 
     def start(self) -> None:
@@ -124,48 +110,13 @@ class Pc:
         assert driver.get("device_status") == 15
         self.commands = Commands(self.machine.space, placed[4], end)
         end += 4096
-        events = zip(self.net.kicks, self.net.calls, self.net.errors, strict=False)
-        queues = [
-            VirtQueue(ring, {"kick": kick, "call": call, "error": error})
-            for ring, (kick, call, error) in zip(placed, events, strict=False)
-            if kick is not None
-        ]
-        pairs = list(zip(queues[::2], queues[1::2], strict=True))
-        arena = (end, RAM - end)
-        self.driver = self._stack.enter_context(
-            NetDriver(self.machine.space, pairs, features, arena, max_frame=1514)
-        )
-        for pair in self.driver.pairs:
-            pair.start()
+        self.drive(self.machine.space, self.net, placed, features, (end, RAM - end))
 
     def command(self, *words: int, data: bytes) -> int:
         """Give a command; return what it was answered with."""
         self.commands.add(bytes(words) + data)
         self.pci.ring(4)
         return self.commands.answer(bytes(words) + data)
-
-    def exchange(self) -> list[int]:
-        """Send datagrams both ways; return how many were lost and changed, each way."""
-        with Traffic(self, self.driver.pairs) as traffic:
-            traffic.ping()
-            traffic.exchange(256)
-            ways = (traffic.to_guest, traffic.to_host)
-            return [count for way in ways for count in (way.lost, way.changed)]
-
-    def in_namespace(self, function: Callable[[], T]) -> T:
-        return self.namespace.run(function)
-
-    def counters(self) -> LinkCounters:
-        return self.in_namespace(lambda: self._links.counters("tap0"))
-
-    def link_state(self) -> LinkState:
-        return self.in_namespace(lambda: self._links.state("tap0"))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
 
 class Flood:
@@ -233,6 +184,6 @@ def test_a_guest_that_does_everything_wrong(
                 pc.net.set_link(True)
             pc.start()
             assert pc.command(*MQ, data=b"\2\0") == virtio.VIRTIO_NET_OK
-            assert pc.exchange() == NOTHING_LOST
+            assert pc.exchange(2, 256) == NOTHING_LOST
         assert pc.guarded.intact
         assert pc.errors == []

@@ -8,7 +8,8 @@ import socket
 import pytest
 from pyroute2 import IPRoute
 
-from tests.support.vmm_net import BITS, MAC, NOTHING_LOST, Rig
+from tests.support.vmm_net import BITS, MAC, Rig
+from tests.support.wired import NOTHING_LOST
 from vhostctl.abi import virtio
 from vhostctl.abi.tun import IFF_DETACH_QUEUE, TUN_F_CSUM
 from vhostctl.control.features import mask

@@ -86,9 +86,9 @@ def test_modules_are_those_that_are_needed_and_not_compressed(kernel: Kernel) ->
     assert files == {
         "modules.builtin": b"kernel/drivers/virtio/virtio_pci.ko\n",
         "modules.dep": (
-            f"{NET}/virtio_net.ko: {NET}/net_failover.ko kernel/net/core/failover.ko\n"
-            f"{NET}/net_failover.ko: kernel/net/core/failover.ko\n"
             "kernel/net/core/failover.ko: \n"
+            f"{NET}/net_failover.ko: kernel/net/core/failover.ko\n"
+            f"{NET}/virtio_net.ko: {NET}/net_failover.ko kernel/net/core/failover.ko\n"
         ).encode(),
         f"{NET}/virtio_net.ko": b"virtio_net",
         f"{NET}/net_failover.ko": b"net_failover",

@@ -90,8 +90,9 @@ def guest_setup(kernel: Kernel, share: Sequence[Path], command: Command, marker:
         "stdin": "yes" if command.stdin else "no",
         "terminal": "yes" if command.terminal else "no",
     }
+    modules = [kernel.modules / path for path in kernel.load_order(_MODULES)]
     lists = {
-        "load_modules": [f"insmod {_quote(f'/run/lower{path}')}" for path in load_order(kernel)],
+        "load_modules": [f"insmod {_quote(f'/run/lower{path}')}" for path in modules],
         "mount_shares": [f"share lab.share{n} {_quote(path)}" for n, path in enumerate(share)],
         "sync_shares": ["sync"] if share else [],
     }
@@ -115,23 +116,6 @@ def guest_command(kernel: Kernel, command: Command) -> str:
     lines.append(f"cd {_quote(command.cwd)} || exit 126")
     lines.append("exec " + " ".join(_quote(word) for word in command.argv))
     return "\n".join(lines) + "\n"
-
-
-def load_order(kernel: Kernel) -> list[Path]:
-    """Return the module files that the guest loads, each after what it depends on.
-
-    What the kernel has built in, or not at all, is not among them.
-    """
-    depends: dict[str, list[str]] = {}
-    for line in (kernel.modules / "modules.dep").read_text(encoding="utf-8").splitlines():
-        path, _, rest = line.partition(":")
-        depends[path] = rest.split()
-    paths = {Path(path).name.partition(".")[0]: path for path in depends}
-    order: dict[str, None] = {}
-    for name in _MODULES:
-        if (file := paths.get(name)) is not None:
-            order.update(dict.fromkeys([*reversed(depends[file]), file]))
-    return [kernel.modules / path for path in order]
 
 
 def qemu_command(boot: Boot, ports: Mapping[str, int]) -> list[str]:

@@ -10,7 +10,7 @@ import lzma
 import re
 import stat
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -90,10 +90,10 @@ def module_files(kernel: Kernel) -> dict[str, bytes]:
 
     modprobe is busybox's, which cannot unpack, so what Debian compressed is unpacked here.
     """
-    depends = _dependencies(kernel)
+    depends = kernel.dependencies()
     files = {"modules.builtin": (kernel.modules / "modules.builtin").read_bytes()}
     lines = []
-    for path in _needed(depends):
+    for path in kernel.load_order(MODULES):
         plain = _unpacked_name(path)
         files[plain] = _module(kernel.modules / path)
         lines.append(f"{plain}: {' '.join(_unpacked_name(other) for other in depends[path])}\n")
@@ -143,18 +143,6 @@ def _busybox() -> bytes:
     if libraries(Path(path)):
         raise EnvironmentMissing(f"{path} is not static", hint="apt install busybox-static")
     return Path(path).read_bytes()
-
-
-def _dependencies(kernel: Kernel) -> dict[str, list[str]]:
-    """Return modules.dep: for each module's path the paths of all that it needs."""
-    lines = (kernel.modules / "modules.dep").read_text(encoding="utf-8").splitlines()
-    return {path: rest.split() for path, _, rest in (line.partition(":") for line in lines)}
-
-
-def _needed(depends: Mapping[str, Sequence[str]]) -> list[str]:
-    paths = {PurePosixPath(path).name.partition(".")[0]: path for path in depends}
-    wanted = [paths[name] for name in MODULES if name in paths]
-    return list(dict.fromkeys(part for path in wanted for part in (path, *depends[path])))
 
 
 def _unpacked_name(path: str) -> str:

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vhostctl.errors import EnvironmentMissing, InvalidArgument, VhostctlError
 from vhostctl.lab import apt, cache, headers, process
@@ -56,6 +56,26 @@ class Kernel:
     def modules(self) -> Path:
         """The module directory, with modules.dep."""
         return self.tree / "lib" / "modules" / self.release
+
+    def dependencies(self) -> dict[str, list[str]]:
+        """Return modules.dep: each module file, and all that it needs, the nearest first.
+
+        Paths are below `modules`.
+        """
+        lines = (self.modules / "modules.dep").read_text(encoding="utf-8").splitlines()
+        return {path: rest.split() for path, _, rest in (line.partition(":") for line in lines)}
+
+    def load_order(self, names: Iterable[str]) -> list[str]:
+        """Return the files of modules and of all that they need, each after what it needs.
+
+        What the kernel has built in, or not at all, is not among them.
+        """
+        depends = self.dependencies()
+        files = {PurePosixPath(path).name.partition(".")[0]: path for path in depends}
+        wanted = [files[name] for name in names if name in files]
+        return list(
+            dict.fromkeys(part for file in wanted for part in (*reversed(depends[file]), file))
+        )
 
     @property
     def has_headers(self) -> bool:

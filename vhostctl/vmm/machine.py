@@ -19,7 +19,7 @@ from vhostctl.host.memory import MappedRegion
 from vhostctl.vmm import boot, layout
 from vhostctl.vmm.bus import Bus
 from vhostctl.vmm.cpu import CpuEnd, CpuThread
-from vhostctl.vmm.cpuid import guest_cpuid
+from vhostctl.vmm.cpuid import guest_cpuid, xsave_works
 from vhostctl.vmm.doorbells import Doorbells
 from vhostctl.vmm.interrupts import Interrupts
 from vhostctl.vmm.loop import Loop
@@ -144,10 +144,12 @@ class Machine(Closing):
         self.pci = PciBus(self.ports, self.mmio)
         supported = self.kvm.supported_cpuid()
         deadline = bool(self.vm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
+        xsave = xsave_works()
         self.cpus: list[CpuThread] = []
         for index in range(config.cpus):
             vcpu = stack.enter_context(self.vm.create_vcpu(index))
-            vcpu.set_cpuid(guest_cpuid(supported, index, config.cpus, tsc_deadline=deadline))
+            leaves = guest_cpuid(supported, index, config.cpus, tsc_deadline=deadline, xsave=xsave)
+            vcpu.set_cpuid(leaves)
             cpu = CpuThread(vcpu, self.ports, self.mmio, self.lock, self._cpu_ended)
             stack.callback(cpu.stop)
             self.cpus.append(cpu)

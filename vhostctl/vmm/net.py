@@ -240,12 +240,7 @@ class NetDevice(Closing):
             session.close()
             raise
         self._session = session
-        self._ring_doorbells()
-
-    def _ring_doorbells(self) -> None:
-        """Have vhost look at every ring: what was made available before is not rung for again."""
-        for kick in self._kicks[: self._control_at]:
-            kick.signal()
+        session.kick()  # what was made available before is not rung for again
 
     def _set_control(self, features: int, rings: Sequence[Ring], base: int) -> None:
         placement = rings[self._control_at].placement
@@ -368,7 +363,7 @@ class NetDevice(Closing):
         """Have vhost work on the rings again after `save()`. Raises KernelError."""
         if self._session is not None and self._session.state is State.STOPPED:
             self._session.start()
-            self._ring_doorbells()
+            self._session.kick()
 
     def restore(self, state: NetState, rings: Sequence[Ring]) -> None:
         """Go on where `save` stopped; `rings` as the driver placed them.
