@@ -58,7 +58,7 @@ def main(kernel: str, initrd: str, tap_name: str, device: str = "/dev/vhost-net"
         ports, mmio = Bus("I/O port", 1 << 16), Bus("MMIO", 1 << 64)
         serial = Serial(partial(interrupts.line, layout.SERIAL_GSI), Output(1).write)
         ports.add(layout.SERIAL_PORTS.start, len(layout.SERIAL_PORTS), serial)
-        enter(Console(0, loop, serial.input, partial(ended.put, "left")))
+        enter(Console(0, loop, serial, partial(ended.put, "left")))
         Platform(ports, partial(ended.put, "power off"), partial(ended.put, "reset"))
         pci = PciBus(ports, mmio)
         nic = enter(NetDevice(space, tap, [vhost], NetConfig("02:00:00:00:00:02")))

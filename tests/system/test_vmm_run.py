@@ -22,10 +22,11 @@ from tests.support.realmode import open_kvm
 from tests.system.conftest import until
 from tests.unit.test_vmm_boot import bzimage, header
 from vhostctl.abi import virtio
+from vhostctl.control.features import Policy, mask
 from vhostctl.host.links import exists
 from vhostctl.host.listening import listening
 from vhostctl.host.netns import NetNamespace
-from vhostctl.jobs.vmm import Card, Vm
+from vhostctl.jobs.vmm import Backend, Vm
 from vhostctl.vmm.acpi import SLEEP_TYPE_OFF
 from vhostctl.vmm.machine import MachineConfig
 from vhostctl.vmm.netconfig import NetConfig
@@ -222,23 +223,25 @@ def test_clients_hear_how_the_guest_ended(
 
 
 def test_the_card_is_the_same_after_a_resume(runner: Runner, device: str, tmp_path: Path) -> None:
-    mac, mtu, saved = "02:00:00:00:00:07", 1400, tmp_path / "saved"
-    kernel = runner.kernel(FOREVER)
-    card = Card("tap0", NetConfig(mac, mtu), device)
+    policy = Policy(refused=mask(virtio.VIRTIO_NET_F_MRG_RXBUF))
+    net = NetConfig("02:00:00:00:00:07", 1400, 64, policy)
+    backend, saved, kernel = Backend("tap0", device), tmp_path / "saved", runner.kernel(FOREVER)
 
-    def boot() -> None:
-        with Vm.boot(MachineConfig(32 << 20), card, print, kernel=kernel) as vm:
+    def seen(vm: Vm) -> tuple[object, ...]:
+        (function,) = vm.machine.functions
+        card = function._transport.device
+        return card.features, card.queue_sizes, card.read_config(0, 12)
+
+    def boot() -> tuple[object, ...]:
+        config = MachineConfig(32 << 20)
+        with Vm.boot(config, backend, print, net=net, queues=2, kernel=kernel) as vm:
             vm.save(saved)
+            return seen(vm)
 
-    def resume() -> None:
-        other = Card("tap0", NetConfig("02:00:00:00:00:08"), device)
-        with Vm.resume(saved, other, print) as vm:
-            (function,) = vm.machine.functions
-            assert function._transport.device.features >> virtio.VIRTIO_NET_F_MTU & 1
-            config = function._transport.device.read_config(0, 12)
-        assert config == bytes.fromhex(mac.replace(":", "")) + b"\1\0\1\0" + mtu.to_bytes(
-            2, "little"
-        )
+    def resume() -> tuple[object, ...]:
+        with Vm.resume(saved, backend, print) as vm:
+            return seen(vm)
 
-    runner.namespace.run(boot)
-    runner.namespace.run(resume)
+    first = runner.namespace.run(boot)
+    assert first[1:] == ([64] * 5, b"\2\0\0\0\0\7\1\0\2\0" + (1400).to_bytes(2, "little"))
+    assert runner.namespace.run(resume) == first

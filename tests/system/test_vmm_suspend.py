@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -90,7 +91,7 @@ class Nic:
     def save(self) -> NetState:
         if self._error is not None:
             raise self._error
-        return NetState(bytes(6), True, False, 1, 0, None, None)
+        return NetState(bytes(6), True, False, 1, 0, None, None, 0, 1, 256, None)
 
     def go_on(self) -> None:
         self.went_on.append((self._machine.lock._is_owned(), self._moves()))  # type: ignore[attr-defined]
@@ -143,7 +144,44 @@ def test_saved_again_where_it_came_from(tmp_path: Path) -> None:
             counts.append(count(made))
     assert counts == sorted(set(counts))
     files = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
-    assert files == {suspend.DOCUMENT: 0o600, suspend.MEMORY: 0o600}
+    image = suspend.MachineState.load(tmp_path).image
+    assert files == {suspend.DOCUMENT: 0o600, image: 0o600}
+
+
+def test_a_save_that_fails_leaves_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with machine() as made:
+        run(made)
+        suspend.save(made, [], tmp_path)
+        saved_at, files = count(made), sorted(tmp_path.iterdir())
+        made.resume()
+        wait_for_progress(made)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                suspend.save(made, [], tmp_path)
+    assert sorted(tmp_path.iterdir()) == files
+    with saved(tmp_path) as made:
+        assert count(made) == saved_at
+        run(made)
+
+
+def test_memory_that_nobody_touched_is_not_allocated_by_a_save(tmp_path: Path) -> None:
+    size = 4 << 30  # with the hole below 4 GiB
+    with fresh_ram(size) as ram, Machine(MachineConfig(memory=size), ram, lambda _: None) as made:
+        for number, region in enumerate(ram):
+            with region.view() as view:
+                view[region.size // 2] = number + 1
+        suspend.save(made, [], tmp_path)
+        assert sum(os.fstat(region.fileno()).st_blocks * 512 for region in ram) < 8 << 20
+    state = suspend.MachineState.load(tmp_path)
+    image = tmp_path / state.image
+    assert (image.stat().st_size, image.stat().st_blocks * 512 < 8 << 20) == (size, True)
+    with suspend.saved_ram(state, tmp_path) as ram:
+        for number, region in enumerate(ram):
+            with region.view() as view:
+                assert view[region.size // 2] == number + 1
 
 
 def test_a_machine_that_was_never_started(tmp_path: Path) -> None:
@@ -210,7 +248,9 @@ def damages(value: object) -> Iterator[object]:
     if isinstance(value, list):
         yield value[1:]
         yield [*value, *value]
-    if isinstance(value, str):
+    if isinstance(value, str) and value.startswith("memory-"):
+        yield from ("memory-00000000", "memory-", "machine.json", "/dev/zero", f"./{value}")
+    elif isinstance(value, str):
         data = bytearray(base64.b64decode(value))
         for changed in (data[:-1], data[: len(data) // 2], data * 3, b"\xff" * len(data)):
             yield base64.b64encode(changed).decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from vhostctl.errors import ClosedError
 from vhostctl.vmm.console import Console, Output
 from vhostctl.vmm.loop import Loop
+from vhostctl.vmm.serial import Serial
 
 PATIENCE = 30.0
 
@@ -42,14 +44,15 @@ class Guest:
     """What was typed for it, and whether it was left."""
 
     def __init__(self) -> None:
-        self.got = b""
+        self.port = Serial(lambda _: None, print)
         self.left = threading.Event()
 
-    def send(self, data: bytes) -> None:
-        self.got += data
+    @property
+    def got(self) -> bytes:
+        return self.port.state().received
 
     def console(self, fd: int, loop: Loop) -> Console:
-        return Console(fd, loop, self.send, self.left.set)
+        return Console(fd, loop, self.port, self.left.set)
 
 
 def test_what_is_typed_arrives_and_the_terminal_is_as_before(
@@ -87,8 +90,9 @@ INTERRUPTED = """
 import sys, threading
 from vhostctl.vmm.console import Console
 from vhostctl.vmm.loop import Loop
+from vhostctl.vmm.serial import Serial
 
-console = Console(0, Loop(threading.RLock()), print, print)
+console = Console(0, Loop(threading.RLock()), Serial(print, print), print)
 sys.exit(7)  # a signal, before anybody could enter the block that closes it
 """
 
@@ -113,6 +117,39 @@ def test_a_pipe_that_ends_is_not_asked_again(loop: Loop) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.001)
     assert guest.got == b"text"
+    os.close(reader)
+
+
+def test_what_the_guest_does_not_read_waits_in_the_pipe(loop: Loop) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    guest = Guest()
+    sent = received = b""
+
+    def send_all_that_fits() -> None:
+        """Until nothing is taken for a while."""
+        nonlocal sent
+        deadline = time.monotonic() + 0.3
+        while time.monotonic() < deadline:
+            with contextlib.suppress(BlockingIOError):
+                part = bytes([len(sent) >> 12 & 0x7F | 0x80]) * 4096
+                sent += part[: os.write(writer, part)]
+                deadline = time.monotonic() + 0.3
+
+    with guest.console(reader, loop):
+        for _ in range(3):
+            send_all_that_fits()
+            waiting = guest.port.waiting
+            assert 1 << 16 <= waiting < 1 << 17
+            with loop._lock:  # as a vCPU holds it
+                received += b"".join(guest.port.read(0, 1) for _ in range(waiting))
+        os.close(writer)
+        deadline = time.monotonic() + PATIENCE
+        while len(received) + guest.port.waiting < len(sent):
+            assert time.monotonic() < deadline
+            with loop._lock:
+                received += b"".join(guest.port.read(0, 1) for _ in range(guest.port.waiting))
+    assert received + guest.got == sent
     os.close(reader)
 
 

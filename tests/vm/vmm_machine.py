@@ -68,6 +68,7 @@ def run_command(arguments: argparse.Namespace) -> list[str]:
     """Return the command that boots the guest."""
     command = [*VMM, "run", "--kernel", str(arguments.kernel), "--initrd", str(arguments.initrd)]
     command += ["--cpus", str(arguments.cpus), "--memory", str(arguments.memory)]
+    command += ["--queues", str(arguments.queues)]
     command += ["--append", APPEND]
     return [*command, *_either(arguments)]
 
@@ -78,8 +79,7 @@ def resume_command(arguments: argparse.Namespace, directory: Path) -> list[str]:
 
 
 def _either(arguments: argparse.Namespace) -> list[str]:
-    words = ["--tap", TAP, "--queues", str(arguments.queues)]
-    words += ["--device", arguments.device, "--qmp", str(QMP)]
+    words = ["--tap", TAP, "--device", arguments.device, "--qmp", str(QMP)]
     return words + [f"--no-{name}" for name in arguments.without]
 
 

@@ -36,7 +36,7 @@ from tests.vm.tcp_qemu import (
     loaded,
     mirror_rings,
 )
-from tests.vm.vmm_machine import HOST, Guest, booted, make_tap, resumed, until
+from tests.vm.vmm_machine import HOST, TAP, Guest, booted, make_tap, resumed, until
 from vhostctl.host.vhost import DEFAULT_PATH
 from vhostctl.jobs import hosttraffic
 from vhostctl.jobs.hosttraffic import HostSockets
@@ -44,6 +44,7 @@ from vhostctl.jobs.hosttraffic import HostSockets
 GUEST_SCRIPT = Path(__file__).with_name("vmm_guest.sh")
 ECHO = 7004  # the guest's port that says what it is told
 SAVED = Path("/run/vmm-saved")
+_ETH_P_ARP = 0x0806  # linux/if_ether.h
 _BLOCK = bytes(range(256)) * 64
 
 
@@ -107,6 +108,19 @@ class Conversation:
         until(lambda: self.rounds >= least or self.trouble, "the conversation")
         assert self.trouble is None, self.trouble
         return self.rounds
+
+
+@contextmanager
+def announcement() -> Iterator[None]:
+    """Have the guest say in the block where it is: an ARP packet of its own about itself."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as sock:
+        sock.bind((TAP, _ETH_P_ARP))
+        yield
+        sock.settimeout(ANSWER)
+        mine = bytes(map(int, GUEST.split(".")))
+        packet = bytes(28)
+        while packet[14:18] + packet[24:28] != mine + mine:  # sender's and target's address
+            packet = sock.recv(28)
 
 
 def pings(*sizes: int) -> int:
@@ -253,7 +267,7 @@ def prove(arguments: argparse.Namespace, steps: Steps, report: dict[str, object]
         with steps("save"):
             guest.qmp.execute("save", directory=str(SAVED))
             report["saved"] = {"status": guest.end(), "rounds": conversation.rounds}
-        with steps("resume"):
+        with steps("resume"), announcement():
             guest = stack.enter_context(resumed(arguments, SAVED))
         with steps("conversation"):
             report["resumed"] = {"rounds": conversation.goes_on()}

@@ -20,7 +20,7 @@ from vhostctl.cli import options
 from vhostctl.control.features import Policy
 from vhostctl.control.netsetup import LinkSettings
 from vhostctl.jobs.guests import GuestIdentity
-from vhostctl.jobs.vmm import Card, Vm
+from vhostctl.jobs.vmm import Backend, Vm
 from vhostctl.vmm.console import Console, Output
 from vhostctl.vmm.machine import End, MachineConfig
 from vhostctl.vmm.netconfig import NetConfig
@@ -49,23 +49,13 @@ def vmm() -> None:
 
 
 def _common(function: F) -> F:
-    """Add what both commands have: the card, handed on as `card`, and how events travel."""
+    """Add what both commands have: what the card is wired to, and how events travel."""
 
     @functools.wraps(function)
-    def with_card(
-        *args: Any,
-        tap: str,
-        device: str,
-        queues: int,
-        mac: str | None,
-        settings: LinkSettings,
-        queue_size: int,
-        policy: Policy,
-        **kwargs: Any,
+    def with_backend(
+        *args: Any, tap: str, device: str, settings: LinkSettings, **kwargs: Any
     ) -> Any:
-        address = GuestIdentity.choose(tap, mac, ()).mac.hex(":")
-        net = NetConfig(address, settings.mtu, queue_size, policy)
-        return function(*args, card=Card(tap, net, device, queues, settings), **kwargs)
+        return function(*args, backend=Backend(tap, device, settings), **kwargs)
 
     for decorate in (
         click.option("--qmp", type=click.Path(path_type=Path), metavar="SOCKET", help=_QMP),
@@ -73,16 +63,12 @@ def _common(function: F) -> F:
         click.option(
             "--ioeventfd/--no-ioeventfd", default=True, help="Doorbells without this process."
         ),
-        options.features,
         options.link,
-        options.queue_size,
-        click.option("--mac", metavar="MAC", help="The card's; derived from the tap's name."),
-        options.queues,
         options.node,
         click.option("--tap", required=True, metavar="NAME", help="Tap; made if it is missing."),
     ):
-        with_card = decorate(with_card)
-    return cast(F, with_card)
+        with_backend = decorate(with_backend)
+    return cast(F, with_backend)
 
 
 _QMP = "Take commands here, as QEMU does: stop, cont, set_link, query-counters, save, quit."
@@ -96,6 +82,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--cpus", default=1, show_default=True, metavar="N", help="vCPUs.")
 @click.option("--memory", default=256, show_default=True, metavar="MIB", help="Guest memory.")
 @click.option("--legacy/--no-legacy", default=True, help="Have a BAR for legacy drivers too.")
+@options.queues
+@options.queue_size
+@click.option("--mac", metavar="MAC", help="The card's; derived from the tap's name.")
+@options.features
 @_common
 def run(
     kernel: Path,
@@ -104,7 +94,11 @@ def run(
     cpus: int,
     memory: int,
     legacy: bool,
-    card: Card,
+    queues: int,
+    queue_size: int,
+    mac: str | None,
+    policy: Policy,
+    backend: Backend,
     ioeventfd: bool,
     irqfd: bool,
     qmp: Path | None,
@@ -118,23 +112,27 @@ def run(
                --tap tap0 --addr 192.0.2.1/24 --queues 2 --cpus 2
     """
     config = MachineConfig(memory * _MIB, cpus, irqfd, ioeventfd, legacy)
+    address = GuestIdentity.choose(backend.tap, mac, ()).mac.hex(":")
+    net = NetConfig(address, backend.link.mtu, queue_size, policy)
     output = Output(_STDOUT)
     boot = functools.partial(Vm.boot, kernel=kernel, initrd=initrd, command_line=append)
-    _drive(lambda: boot(config, card, output.write), qmp)
+    _drive(lambda: boot(config, backend, output.write, net=net, queues=queues), qmp)
 
 
 @vmm.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @_common
-def resume(directory: Path, card: Card, ioeventfd: bool, irqfd: bool, qmp: Path | None) -> None:
+def resume(
+    directory: Path, backend: Backend, ioeventfd: bool, irqfd: bool, qmp: Path | None
+) -> None:
     """Go on with a machine that QMP's `save` wrote to DIRECTORY.
 
-    The files are read as the guest comes to them: they must stay as they are meanwhile. MAC
-    address, MTU and features that the guest sees are those that were saved.
+    The files are read as the guest comes to them: they must stay as they are meanwhile. The
+    guest has the card that was saved, and is asked to tell the network where it is now.
     """
     output = Output(_STDOUT)
     go_on = functools.partial(Vm.resume, irqfd=irqfd, ioeventfd=ioeventfd)
-    _drive(lambda: go_on(directory, card, output.write), qmp)
+    _drive(lambda: go_on(directory, backend, output.write), qmp)
 
 
 def _drive(start: Callable[[], Vm], qmp: Path | None) -> None:
@@ -147,7 +145,7 @@ def _drive(start: Callable[[], Vm], qmp: Path | None) -> None:
         vm = stack.enter_context(start())
         machine = vm.machine
         leave = functools.partial(machine.end, End.QUIT)
-        with Console(_STDIN, machine.loop, machine.serial.input, leave):
+        with Console(_STDIN, machine.loop, machine.serial, leave):
             if sockets:
                 _serve(vm, sockets)
             # A signal that comes just ahead of a wait is seen only when that ends.

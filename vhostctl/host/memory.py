@@ -9,7 +9,7 @@ import mmap
 import os
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -55,6 +55,7 @@ class MappedRegion(Closing):
         self.size = size
         self.name = name
         self.label = describe(gpa, size, name)
+        self._offset = offset
         with contextlib.ExitStack() as stack:
             file = None if fd is None else stack.enter_context(Handle(fd, self.label))
             _check(gpa, size)
@@ -135,6 +136,28 @@ class MappedRegion(Closing):
         if self._file is None:
             raise InvalidArgument(f"{self.label} is private", hint="use MappedRegion.memfd()")
         return self._file.fileno()
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Yield (offset, length) of all that may hold other bytes than zero, by lseek(2).
+
+        The rest was never touched, and reading it would allocate it. A private region, and
+        a file system that does not know, have one extent.
+        """
+        end = 0
+        while self._file is not None and end < self.size:
+            fd, start = self._file.fileno(), self._offset
+            try:
+                at = os.lseek(fd, start + end, os.SEEK_DATA) - start
+                if at >= self.size:
+                    return
+                end = min(os.lseek(fd, start + at, os.SEEK_HOLE) - start, self.size)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # nothing but a hole
+                    return
+                break
+            yield at, end - at
+        if end < self.size:
+            yield end, self.size - end
 
     def view(self) -> memoryview:
         """Return the region's bytes."""

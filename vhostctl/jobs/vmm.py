@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -28,16 +28,14 @@ NIC = "net0"
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """The network card: its tap, and `queues` vhost devices, each with a queue of the tap.
+class Backend:
+    """What a network card is wired to: a tap, and a vhost device for each of its queues.
 
     `link` is what the host's side of the tap is to have.
     """
 
     tap: str
-    net: NetConfig
     device: str = DEFAULT_PATH
-    queues: int = 1
     link: LinkSettings = field(default_factory=LinkSettings)
 
 
@@ -54,19 +52,25 @@ class Vm(Closing):
     def boot(
         cls,
         config: MachineConfig,
-        card: Card,
+        backend: Backend,
         output: Output,
         *,
+        net: NetConfig,
+        queues: int = 1,
         kernel: Path,
         initrd: Path | None = None,
         command_line: str = "",
     ) -> Self:
-        """Boot a Linux bzImage. Raises InvalidArgument, NegotiationError and KernelError."""
+        """Boot a Linux bzImage; its card has `queues` pairs of queues.
+
+        Raises InvalidArgument, NegotiationError and KernelError.
+        """
         with ExitStack() as stack:
             ram = stack.enter_context(fresh_ram(config.memory))
-            made = _devices(stack, card)
+            made = _devices(stack, backend, queues)
             machine = stack.enter_context(Machine(config, ram, output))
-            nic = _plug(machine, made, card)
+            nic = NetDevice(machine.space, *made, net)
+            machine.add(nic)
             machine.boot(kernel, initrd, command_line)
             return cls._go(stack, machine, nic)
 
@@ -74,7 +78,7 @@ class Vm(Closing):
     def resume(
         cls,
         directory: Path,
-        card: Card,
+        backend: Backend,
         output: Output,
         *,
         irqfd: bool = True,
@@ -82,20 +86,24 @@ class Vm(Closing):
     ) -> Self:
         """Go on with what `save` wrote to `directory`; the guest sees the card that it had.
 
+        It is asked to tell the network where it is now.
+
         Raises InvalidArgument, NegotiationError and KernelError.
         """
         state = MachineState.load(directory)
         if len(state.nics) != 1:
             raise InvalidArgument(f"{directory}: {len(state.nics)} network cards, not one")
-        nic_state = state.nics[0].device
-        card = replace(card, net=replace(card.net, mtu=nic_state.mtu))
+        card = state.nics[0].device
         with ExitStack() as stack:
             ram = stack.enter_context(suspend.saved_ram(state, directory))
-            made = _devices(stack, card)
+            made = _devices(stack, backend, card.pairs)
             config = state.config(irqfd=irqfd, ioeventfd=ioeventfd)
             machine = stack.enter_context(Machine(config, ram, output))
-            nic = _plug(machine, made, card, nic_state.tap_offer)
+            nic = NetDevice(machine.space, *made, card.config, card.tap_offer)
+            machine.add(nic)
             suspend.restore(machine, [nic], state)
+            with machine.lock:
+                nic.announce()
             return cls._go(stack, machine, nic)
 
     @classmethod
@@ -126,27 +134,16 @@ class Vm(Closing):
         self._stack.close()
 
 
-def _devices(stack: ExitStack, card: Card) -> tuple[Tap, list[VhostNet]]:
-    tap = stack.enter_context(Tap.open(card.tap, card.queues))
+def _devices(stack: ExitStack, backend: Backend, queues: int) -> tuple[Tap, list[VhostNet]]:
+    tap = stack.enter_context(Tap.open(backend.tap, queues))
     links = Links()
     stack.callback(links.close)
     links.open()
-    plan = Plan(link_steps(links, tap.name, card.link))
+    plan = Plan(link_steps(links, tap.name, backend.link))
     stack.callback(plan.undo)
     devices = [
-        stack.enter_context(VhostNet.at(card.device, f"{card.device} (pair {pair})"))
-        for pair in range(card.queues)
+        stack.enter_context(VhostNet.at(backend.device, f"{backend.device} (pair {pair})"))
+        for pair in range(queues)
     ]
     plan.run()
     return tap, devices
-
-
-def _plug(
-    machine: Machine,
-    made: tuple[Tap, list[VhostNet]],
-    card: Card,
-    tap_offer: int | None = None,
-) -> NetDevice:
-    nic = NetDevice(machine.space, *made, card.net, tap_offer)
-    machine.add(nic)
-    return nic

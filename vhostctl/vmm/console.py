@@ -12,11 +12,13 @@ from collections.abc import Callable
 
 from vhostctl.host.closing import Closing
 from vhostctl.vmm.loop import Loop
+from vhostctl.vmm.serial import Serial
 
 _ESCAPE = 1  # Ctrl-A, as in QEMU and screen
 _LEAVE = ord("x")
 _PATIENCE_MS = 1000
 _CHUNK = 4096
+_ENOUGH = 1 << 16  # bytes
 
 
 class Output:
@@ -43,18 +45,17 @@ class Output:
 
 
 class Console(Closing):
-    """Hands what is typed to a guest; a terminal is in raw mode until `close()`.
+    """Hands what is typed to a guest's port; a terminal is in raw mode until `close()`.
 
-    Ctrl-A x calls `leave`, Ctrl-A Ctrl-A sends one Ctrl-A.
+    Ctrl-A x calls `leave`, Ctrl-A Ctrl-A sends one Ctrl-A. While 64 KiB wait for the guest no
+    more is read: enough that nobody can type it, and then wants to leave.
     """
 
-    def __init__(
-        self, fd: int, loop: Loop, send: Callable[[bytes], None], leave: Callable[[], None]
-    ) -> None:
+    def __init__(self, fd: int, loop: Loop, port: Serial, leave: Callable[[], None]) -> None:
         """Read `fd`, which stays the caller's; a plain file is not read. Raises KernelError."""
         self._fd = fd
         self._loop = loop
-        self._send = send
+        self._port = port
         self._leave = leave
         self._escaped = False
         self._before: list[object] | None = None
@@ -66,10 +67,14 @@ class Console(Closing):
                 tty.setraw(fd)
             # epoll(7) does not take files, which have everything at once and no guest to read it.
             with contextlib.suppress(PermissionError):
-                loop.watch(fd, self._read)
+                self._watch()
         except BaseException:
             self.close()
             raise
+
+    def _watch(self) -> None:
+        self._port.drained = None
+        self._loop.watch(self._fd, self._read)
 
     def _read(self) -> None:
         try:
@@ -92,12 +97,16 @@ class Console(Closing):
             else:
                 passed.append(byte)
         if passed:
-            self._send(bytes(passed))
+            self._port.input(bytes(passed))
+        if self._port.waiting >= _ENOUGH:
+            self._loop.unwatch(self._fd)
+            self._port.drained = self._watch
 
     def close(self) -> None:
         """Read no more, and have the terminal as it was; a second call does nothing."""
         self._restore()
         atexit.unregister(self._restore)
+        self._port.drained = None
         self._loop.unwatch(self._fd)
 
     def _restore(self) -> None:

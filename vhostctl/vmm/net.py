@@ -356,6 +356,9 @@ class NetDevice(Closing):
             tap_offer=self._tap_offer,
             session=session,
             control=self._control.base if self._control is not None else None,
+            features=self.features,
+            pairs=len(self._vhost),
+            queue_size=self._config.queue_size,
             mtu=self._config.mtu,
         )
 
@@ -373,6 +376,7 @@ class NetDevice(Closing):
         self._mac = state.mac
         self._link, self._announcing = state.link, state.announcing
         self._wanted_pairs = state.wanted_pairs
+        self.features &= state.features
         if state.session is None:
             return
         features = state.session.feature_bits

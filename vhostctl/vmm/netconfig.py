@@ -23,7 +23,8 @@ class NetState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `tap_offer` is the feature bits that the tap offers: it is not asked again, for that would
     disturb what is in it. `session` is the document of control/snapshot.py, and `control` where
     the control queue's avail ring is read next; None while the driver has not started the device.
-    `mtu` is `NetConfig.mtu`.
+    `features` is what the driver is offered, `pairs` how many the device has; `mtu` and
+    `queue_size` are those of `NetConfig`.
     """
 
     mac: Annotated[bytes, msgspec.Meta(min_length=MAC_SIZE, max_length=MAC_SIZE)]
@@ -33,7 +34,15 @@ class NetState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tap_offer: int
     session: Snapshot | None
     control: int | None
-    mtu: int | None = None
+    features: int
+    pairs: int
+    queue_size: int
+    mtu: int | None
+
+    @property
+    def config(self) -> NetConfig:
+        """What the guest saw. Raises InvalidArgument."""
+        return NetConfig(self.mac.hex(":"), self.mtu, self.queue_size)
 
 
 @dataclass(frozen=True, slots=True)

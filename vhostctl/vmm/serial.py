@@ -34,7 +34,7 @@ _LSR_READY = 0x01
 _LSR_OVERRUN = 0x02
 _LSR_EMPTY = 0x60  # holding register and transmitter
 _MSR_CONNECTED = 0xB0  # clear to send, data set ready, carrier detect
-_NOBODY = 0xFF
+_NO_REGISTER = 0xFF
 
 
 class _At:
@@ -69,13 +69,15 @@ class Serial:
     """A 16550A with FIFOs; a BusDevice of 8 ports.
 
     `irq` is called with the level of the interrupt line when it changes; `output` with each
-    byte that the guest sends. Received bytes wait here without a bound, for `input` is the
-    VMM's own; those that a guest sends itself in loopback end in an overrun, as in hardware.
+    byte that the guest sends, and `drained` when it has read the last of what waited. Received
+    bytes wait here without a bound, for `input` is the VMM's own; those that a guest sends
+    itself in loopback end in an overrun, as in hardware.
     """
 
     def __init__(self, irq: Callable[[bool], None], output: Callable[[bytes], object]) -> None:
         self._irq = irq
         self._output = output
+        self.drained: Callable[[], None] | None = None
         self._level = False
         self._received = bytearray()
         self._ier = self._fcr = self._lcr = self._mcr = self._scr = 0
@@ -87,6 +89,11 @@ class Serial:
         """Receive `data`: the guest reads it when it comes to it."""
         self._received += data
         self._update()
+
+    @property
+    def waiting(self) -> int:
+        """How many bytes the guest has not read yet."""
+        return len(self._received)
 
     def read(self, offset: int, length: int) -> bytes:
         """Read `length` registers from `offset` on."""
@@ -157,7 +164,7 @@ class Serial:
                 return self._modem_status()
             case _At.SCR:
                 return self._scr
-        return _NOBODY
+        return _NO_REGISTER
 
     def _write(self, at: int, value: int) -> None:
         match at:
@@ -170,8 +177,9 @@ class Serial:
                     self._sent = True
                 self._ier = value & _IER_BITS
             case _At.FCR:
-                if value & _FCR_CLEAR_RECEIVED:
+                if value & _FCR_CLEAR_RECEIVED and self._received:
                     del self._received[:_FIFO_SIZE]
+                    self._taken()
                 self._fcr = value & _FCR_ENABLE
             case _At.LCR:
                 self._lcr = value
@@ -185,9 +193,14 @@ class Serial:
         if not self._received:
             return 0
         value = self._received.pop(0)
+        self._taken()
+        return value
+
+    def _taken(self) -> None:
         if not self._received:
             self._update()
-        return value
+            if self.drained is not None:
+                self.drained()
 
     def _cause(self) -> int:
         if self._overrun and self._ier & _IER_LINE:

@@ -1,16 +1,18 @@
 """A whole machine in a directory: what another process needs to go on with it.
 
-``machine.json`` is everything but memory, which is ``memory``, one region behind the other.
+``machine.json`` is everything but memory, which is in the file that it names, one region behind
+the other. A save replaces both by one rename, so that there is always one whole machine.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import msgspec
 
@@ -28,8 +30,9 @@ from vhostctl.vmm.virtio_pci import VirtioPciState
 
 VERSION = 1
 DOCUMENT = "machine.json"
-MEMORY = "memory"
 
+_IMAGE_NAME = "memory-{}"
+_IMAGE_PATTERN = "^memory-[0-9a-f]{8}$"
 _CHUNK = 1 << 20
 _MODE = 0o600
 
@@ -42,10 +45,14 @@ class NicState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MachineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything of a machine but its memory; `nics` are in the order of the PCI slots."""
+    """Everything of a machine but its memory, which is `memory` bytes in the file `image`.
+
+    `nics` are in the order of the PCI slots.
+    """
 
     version: int
     memory: int
+    image: Annotated[str, msgspec.Meta(pattern=_IMAGE_PATTERN)]
     transitional: bool
     kvm: KvmState
     serial: SerialState
@@ -89,7 +96,7 @@ def save(machine: Machine, nics: Sequence[NetDevice], directory: Path) -> None:
     """Pause `machine` and write it to `directory`, which is made; it stays paused.
 
     `nics` are the devices behind `machine.functions`, in their order. If it fails the machine
-    goes on as before, or stays paused if it was, and `directory` has no document. Raises
+    goes on as before, or stays paused if it was, and what was in `directory` stays. Raises
     KernelError (ENOSPC...), StateError for a machine that has ended, or what ended it.
     """
     with ExitStack() as undo:
@@ -107,6 +114,7 @@ def save(machine: Machine, nics: Sequence[NetDevice], directory: Path) -> None:
             state = MachineState(
                 version=VERSION,
                 memory=machine.config.memory,
+                image=_IMAGE_NAME.format(secrets.token_hex(4)),
                 transitional=machine.config.transitional,
                 kvm=cpustate.save(machine.kvm, machine.vm, [cpu.vcpu for cpu in machine.cpus]),
                 serial=machine.serial.state(),
@@ -126,36 +134,40 @@ def _go_on(machine: Machine, nic: NetDevice) -> None:
 def _write(machine: Machine, state: MachineState, directory: Path) -> None:
     with _about(directory), ExitStack() as undo:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / DOCUMENT).unlink(missing_ok=True)
-        memory = directory / MEMORY
-        undo.callback(memory.unlink, missing_ok=True)
+        before = set(directory.glob(_IMAGE_NAME.format("?" * 8)))
         # A new file: who was resumed from the old one has it mapped.
-        memory.unlink(missing_ok=True)
+        image = directory / state.image
+        undo.callback(image.unlink, missing_ok=True)
         # What a guest keeps secret is in both files.
-        memory.touch(_MODE)
-        with memory.open("wb") as file:
+        image.touch(_MODE)
+        with image.open("wb") as file:
+            start = 0
             for region in machine.ram:
-                _write_region(file.fileno(), region)
-            file.truncate(machine.config.memory)
+                _write_region(file.fileno(), start, region)
+                start += region.size
+            file.truncate(start)
         fresh = directory / f"{DOCUMENT}.new"
         undo.callback(fresh.unlink, missing_ok=True)
         fresh.touch(_MODE)
         fresh.write_bytes(msgspec.json.encode(state))
         fresh.rename(directory / DOCUMENT)
         undo.pop_all()
+        for old in before:
+            old.unlink(missing_ok=True)
 
 
-def _write_region(fd: int, region: MappedRegion) -> None:
-    """Append what `region` holds, with holes where it is zero."""
+def _write_region(fd: int, start: int, region: MappedRegion) -> None:
+    """Write what `region` holds from `start` on, with holes where it is zero."""
     zero = bytes(_CHUNK)
     with region.view() as view:
-        for at in range(0, region.size, _CHUNK):
-            chunk = view[at : at + _CHUNK]
-            if bytes(chunk) == zero[: len(chunk)]:  # views are compared byte by byte
-                os.lseek(fd, len(chunk), os.SEEK_CUR)
-                continue
-            while chunk:
-                chunk = chunk[os.write(fd, chunk) :]
+        for begin, length in region.extents():
+            for at in range(begin, begin + length, _CHUNK):
+                chunk = view[at : min(at + _CHUNK, begin + length)]
+                if bytes(chunk) == zero[: len(chunk)]:  # views are compared byte by byte
+                    continue
+                os.lseek(fd, start + at, os.SEEK_SET)
+                while chunk:
+                    chunk = chunk[os.write(fd, chunk) :]
 
 
 @contextmanager
@@ -169,7 +181,7 @@ def saved_ram(state: MachineState, directory: Path) -> Iterator[list[MappedRegio
         regions, offset = [], 0
         for gpa, size in layout.ram(state.memory):
             region = MappedRegion.file(
-                gpa, size, directory / MEMORY, offset, shared=False, name=f"RAM at {gpa:#x}"
+                gpa, size, directory / state.image, offset, shared=False, name=f"RAM at {gpa:#x}"
             )
             regions.append(stack.enter_context(region))
             offset += size
