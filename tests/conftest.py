@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,8 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--seconds",
         metavar="N",
         type=float,
-        default=2.0,
-        help="how long each load test keeps its load up (make load: 60)",
+        default=float(os.environ.get("VHOSTCTL_TEST_SECONDS", "2")),
+        help="how long each load test keeps its load up (make soak: 60)",
     )
 
 

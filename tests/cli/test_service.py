@@ -17,13 +17,6 @@ def vhostctl(*args: str | Path) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
-@pytest.mark.parametrize("command", ["service", "up", "down", "status", "list"])
-def test_each_command_explains_itself(command: str) -> None:
-    result = vhostctl(command, "--help")
-    assert result.exit_code == ExitCode.OK
-    assert f"Example: vhostctl {command}" in result.stdout
-
-
 @pytest.mark.parametrize(
     ("args", "text"),
     [

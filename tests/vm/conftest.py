@@ -17,6 +17,9 @@ from vhostctl.lab.kernels import Kernel
 from vhostctl.lab.vm import Machine
 
 ROOT = Path(__file__).parents[2]
+LIMIT = int(os.environ.get("VHOSTCTL_TEST_LIMIT", "1500"))
+"""Seconds that one suite may take in its VM."""
+
 SERIES = os.environ.get("VHOSTCTL_TEST_KERNELS", "6.1").split()
 
 
@@ -75,9 +78,10 @@ def search_path() -> str:
 
 
 def run(machine: Machine, argv: Sequence[str], timeout: float) -> Outcome:
-    """Run `argv` in the checkout with our PATH."""
+    """Run `argv` in the checkout with our PATH, and what sets how long tests take."""
     out, error = bytearray(), bytearray()
-    env = {"PATH": search_path()}
+    env = {name: value for name, value in os.environ.items() if name.startswith("VHOSTCTL_TEST_")}
+    env["PATH"] = search_path()
     status = machine.run(
         argv, cwd=ROOT, env=env, timeout=timeout, stdout=out.extend, stderr=error.extend
     )

@@ -6,18 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.conftest import run
+from tests.vm.conftest import LIMIT, run
 from tests.vm.test_system import PYTEST, SKIPS, files
 from vhostctl.kmod import NODE
 from vhostctl.lab.kernels import Kernel
 from vhostctl.lab.vm import Machine
 
-SECONDS = 1500
-
 
 @pytest.mark.vm
 def test_the_rules_are_the_kernels(kernel: Kernel) -> None:
-    outcome = run(Machine(kernel), ["sh", "-c", f"{PYTEST} {SKIPS} tests/conformance"], SECONDS)
+    outcome = run(Machine(kernel), ["sh", "-c", f"{PYTEST} {SKIPS} tests/conformance"], LIMIT)
     print(outcome)
     assert outcome.status == 0
 
@@ -26,6 +24,6 @@ def test_the_rules_are_the_kernels(kernel: Kernel) -> None:
 def test_our_module_keeps_them(kernel: Kernel, module: Path) -> None:
     suites = " ".join(["tests/conformance", *files("selftest changes load")])
     script = f'vhostctl kmod load "$1" && {PYTEST} {SKIPS} --device {NODE} {suites}'
-    outcome = run(Machine(kernel), ["sh", "-c", script, "sh", str(module)], SECONDS)
+    outcome = run(Machine(kernel), ["sh", "-c", script, "sh", str(module)], LIMIT)
     print(outcome)
     assert outcome.status == 0

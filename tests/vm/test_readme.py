@@ -1,4 +1,7 @@
-"""Every command and snippet of the README is run, but for the targets that run this."""
+"""Every snippet of the README is run, and every command behind a `$`.
+
+But for the targets that run this. The blocks without a `$` are for machines of the reader's own.
+"""
 
 from __future__ import annotations
 

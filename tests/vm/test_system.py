@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.conftest import ROOT, fetched, run
+from tests.vm.conftest import LIMIT, ROOT, fetched, run
 from vhostctl.lab.kernels import Kernel
 from vhostctl.lab.vm import Machine
 
@@ -54,9 +54,10 @@ def test_a_suite_passes_in_a_vm(kernel: Kernel, module: Path, suite: str) -> Non
     load = 'vhostctl kmod load "$1"; shift'
     if suite in ONE_CPU:
         load += "; modprobe -q kvm-amd || modprobe -q kvm-intel"
-    script = f'{load}; export VHOSTCTL_TEST_KILLS=3; exec {PYTEST} {SKIPS} "$@"'
+    kills = "export VHOSTCTL_TEST_KILLS=${VHOSTCTL_TEST_KILLS:-3}"
+    script = f'{load}; {kills}; exec {PYTEST} {SKIPS} "$@"'
     argv = ["sh", "-ec", script, "sh", str(module), *files(SUITES[suite])]
-    outcome = run(Machine(kernel, 1 if suite in ONE_CPU else None), argv, 1500)
+    outcome = run(Machine(kernel, 1 if suite in ONE_CPU else None), argv, LIMIT)
     print(outcome)
     assert outcome.status == 0
     assert " passed" in outcome.stdout

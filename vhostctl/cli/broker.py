@@ -38,7 +38,7 @@ def broker(policy_file: Path, path: Path) -> None:
     Nothing is allowed that no rule of the policy names; every request is logged on stderr.
 
     \b
-    Example of a policy:
+    Example: vhostctl broker --policy broker.toml, which says
       [[allow]]
       groups = ["vm-users"]
       taps = ["vm-*"]

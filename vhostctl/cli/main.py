@@ -82,6 +82,6 @@ def main() -> None:
     """QEMU's role for the kernel's vhost-net: wire taps to it, test it, measure it.
 
     Exit status: 0 done; 1 the kernel or the operation failed; 2 wrong usage; 3 something
-    that is needed is missing; 4 a check found a difference; 130 interrupted.
+    that is needed is missing; 4 a check found a difference; 130 interrupted, 143 terminated.
     """
     signal.signal(signal.SIGTERM, _terminate)

@@ -129,6 +129,9 @@ def resume(
 
     The files are read as the guest comes to them: they must stay as they are meanwhile. The
     guest has the card that was saved, and is asked to tell the network where it is now.
+
+    \b
+    Example: vhostctl vmm resume /var/tmp/saved --tap tap0
     """
     output = Output(_STDOUT)
     go_on = functools.partial(Vm.resume, irqfd=irqfd, ioeventfd=ioeventfd)
