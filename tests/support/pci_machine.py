@@ -97,6 +97,7 @@ class FakeLoop:
 
     def __init__(self) -> None:
         self.watched: dict[int, Callable[[], None]] = {}
+        self.soon: list[Callable[[], None]] = []
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         assert fd not in self.watched
@@ -105,7 +106,12 @@ class FakeLoop:
     def unwatch(self, fd: int) -> None:
         self.watched.pop(fd, None)
 
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.soon.append(callback)
+
     def work(self) -> None:
+        while self.soon:
+            self.soon.pop()()
         for fd, callback in list(self.watched.items()):
             if fd in self.watched and readable(fd):
                 callback()

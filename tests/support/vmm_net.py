@@ -37,6 +37,10 @@ class Transport:
     def __init__(self) -> None:
         self.changes = 0
         self.broken = False
+        self.later: list[int] = []
+
+    def notify_later(self, queue: int) -> None:
+        self.later.append(queue)
 
     def config_changed(self) -> None:
         self.changes += 1
@@ -111,8 +115,14 @@ class Rig(Wired):
         """Give a command; return what it was answered with."""
         command = bytes(words) + data
         self.commands.add(command)
-        self.net.notify(self.control)
+        self.ring_control()
         return self.commands.answer(command)
+
+    def ring_control(self) -> None:
+        """Ring the control queue's doorbell, and see that all that waits is looked at."""
+        self.net.notify(self.control)
+        while self.transport.later:
+            self.net.notify(self.transport.later.pop())
 
     @property
     def control(self) -> int:

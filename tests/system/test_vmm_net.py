@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 
+import msgspec
 import pytest
 from pyroute2 import IPRoute
 
@@ -14,7 +15,7 @@ from vhostctl.abi import virtio
 from vhostctl.abi.tun import IFF_DETACH_QUEUE, TUN_F_CSUM
 from vhostctl.control.features import mask
 from vhostctl.control.rings import RingPlacement
-from vhostctl.errors import InvalidArgument, KernelError, VhostctlError
+from vhostctl.errors import InvalidArgument, KernelError, NegotiationError, VhostctlError
 from vhostctl.host.tap import TapQueue
 from vhostctl.host.vhost import VhostNet
 from vhostctl.vmm.net import NetDevice
@@ -216,7 +217,7 @@ def test_a_malformed_command_asks_for_a_reset(device: str) -> None:
     with Rig(device) as rig:
         rig.start()
         rig.commands.add(b"\0\0\1", flags=virtio.VRING_DESC_F_INDIRECT)
-        rig.net.notify(rig.control)
+        rig.ring_control()
         assert rig.transport.broken
         assert rig.exchange() == NOTHING_LOST
         rig.net.reset()
@@ -246,3 +247,66 @@ def test_closed_twice(device: str) -> None:
 def test_what_no_driver_takes_is_refused(size: int, mtu: int | None, what: str) -> None:
     with pytest.raises(InvalidArgument, match=what):
         NetConfig(MAC, mtu, size)
+
+
+def test_a_pair_that_cannot_be_enabled_leaves_those_that_were(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enable = TapQueue.enable
+
+    def refuse_the_last(queue: TapQueue) -> None:
+        if queue is rig.tap.queues[2]:
+            raise KernelError(errno.E2BIG, "TUNSETQUEUE", "tap0 queue 2")
+        enable(queue)
+
+    def off() -> list[bool]:
+        return [bool(queue.flags() & IFF_DETACH_QUEUE) for queue in rig.tap.queues]
+
+    with Rig(device, 3) as rig:
+        rig.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(TapQueue, "enable", refuse_the_last)
+            assert rig.command(*MQ, data=b"\3\0") == virtio.VIRTIO_NET_ERR
+        assert off() == [False, True, True]
+        rig.net.set_link(False)
+        rig.net.set_link(True)
+        assert off() == [False, True, True]
+        assert rig.command(*MQ, data=b"\3\0") == virtio.VIRTIO_NET_OK
+        assert rig.exchange(3) == NOTHING_LOST
+
+
+def test_rings_that_cannot_be_stopped_ask_for_a_reset(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_backend = VhostNet.set_backend
+
+    def refuse(vhost: VhostNet, queue: int, fd: int | None) -> None:
+        if fd is None and queue:
+            raise KernelError(errno.EIO, "VHOST_NET_SET_BACKEND", vhost.label)
+        set_backend(vhost, queue, fd)
+
+    with Rig(device) as rig:
+        rig.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(VhostNet, "set_backend", refuse)
+            with pytest.raises(KernelError, match="VHOST_NET_SET_BACKEND"):
+                rig.net.save()
+        rig.net.go_on()
+        assert rig.transport.broken
+
+
+def test_a_state_that_does_not_fit_is_refused(device: str) -> None:
+    with Rig(device) as rig:
+        rig.start()
+        state = rig.net.save()
+        assert state.session is not None
+        rig.net.reset()
+        more = msgspec.structs.replace(state, features=state.features | 1 << 40)
+        with pytest.raises(NegotiationError, match="the card had"):
+            rig.net.restore(more, rig.rings)
+        for change in ({"rings": ()}, {"order": (1 << 17,)}):
+            session = msgspec.structs.replace(state.session, **change)
+            with pytest.raises(InvalidArgument):
+                rig.net.restore(msgspec.structs.replace(state, session=session), rig.rings)
+        rig.net.restore(state, rig.rings)
+        assert rig.exchange() == NOTHING_LOST

@@ -19,10 +19,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.realmode import open_kvm
+from tests.support.vmm_hostile import RAM, Driver, GuestCpu
 from tests.system.conftest import until
 from tests.unit.test_vmm_boot import bzimage, header
 from vhostctl.abi import virtio
 from vhostctl.control.features import Policy, mask
+from vhostctl.control.rings import place_rings
 from vhostctl.host.links import exists
 from vhostctl.host.listening import listening
 from vhostctl.host.netns import NetNamespace
@@ -222,7 +224,25 @@ def test_clients_hear_how_the_guest_ended(
         assert process.wait(PATIENCE) == (told["reason"] == "host-error")
 
 
-def test_the_card_is_the_same_after_a_resume(runner: Runner, device: str, tmp_path: Path) -> None:
+ASKED = virtio.VIRTIO_NET_S_ANNOUNCE
+
+
+def start(vm: Vm) -> None:
+    """Do what a driver does, up to DRIVER_OK."""
+    (function,) = vm.machine.functions
+    driver = Driver(GuestCpu(vm.machine, function))
+    driver.come_home()
+    driver.accept(function._transport.device.features)
+    for queue, ring in enumerate(place_rings(RAM // 2, 5, 64)[0]):
+        driver.place(queue, ring)
+    driver.set("device_status", 15)
+    assert driver.get("device_status") == 15
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["paused", "started"])
+def test_the_card_is_the_same_after_a_resume(
+    runner: Runner, device: str, started: bool, tmp_path: Path
+) -> None:
     policy = Policy(refused=mask(virtio.VIRTIO_NET_F_MRG_RXBUF))
     net = NetConfig("02:00:00:00:00:07", 1400, 64, policy)
     backend, saved, kernel = Backend("tap0", device), tmp_path / "saved", runner.kernel(FOREVER)
@@ -230,18 +250,25 @@ def test_the_card_is_the_same_after_a_resume(runner: Runner, device: str, tmp_pa
     def seen(vm: Vm) -> tuple[object, ...]:
         (function,) = vm.machine.functions
         card = function._transport.device
-        return card.features, card.queue_sizes, card.read_config(0, 12)
+        return vm.machine.running, card.features, card.queue_sizes, card.read_config(0, 12)
 
     def boot() -> tuple[object, ...]:
-        config = MachineConfig(32 << 20)
+        config = MachineConfig(RAM)
         with Vm.boot(config, backend, print, net=net, queues=2, kernel=kernel) as vm:
+            if started:
+                start(vm)
+            else:
+                vm.machine.pause()
+            before = seen(vm)
             vm.save(saved)
-            return seen(vm)
+            return before
 
     def resume() -> tuple[object, ...]:
         with Vm.resume(saved, backend, print) as vm:
             return seen(vm)
 
     first = runner.namespace.run(boot)
-    assert first[1:] == ([64] * 5, b"\2\0\0\0\0\7\1\0\2\0" + (1400).to_bytes(2, "little"))
-    assert runner.namespace.run(resume) == first
+    config = b"\2\0\0\0\0\7\1\0\2\0" + (1400).to_bytes(2, "little")
+    assert (first[0], first[2], first[3]) == (started, [64] * 5, config)
+    again = config[:6] + bytes([virtio.VIRTIO_NET_S_LINK_UP | ASKED * started]) + config[7:]
+    assert runner.namespace.run(resume) == (*first[:3], again)

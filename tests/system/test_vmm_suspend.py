@@ -161,7 +161,15 @@ def test_a_save_that_fails_leaves_the_older_one(
             patch.setattr(Path, "rename", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 suspend.save(made, [], tmp_path)
-    assert sorted(tmp_path.iterdir()) == files
+        assert sorted(tmp_path.iterdir()) == files
+        (tmp_path / "memory-of-old.img").touch()
+        rename = Path.rename
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", lambda *names: _raise(Done(rename(*names))))
+            with pytest.raises(Done):
+                suspend.save(made, [], tmp_path)
+        assert (tmp_path / "memory-of-old.img").exists()
+        saved_at = count(made)
     with saved(tmp_path) as made:
         assert count(made) == saved_at
         run(made)
@@ -238,6 +246,10 @@ def test_a_close_that_is_interrupted_closes_all(monkeypatch: pytest.MonkeyPatch)
         assert made.vm.closed
 
 
+class Done(BaseException):
+    """What comes right behind a step, as an interrupt may."""
+
+
 def _raise(error: BaseException) -> None:
     raise error
 
@@ -293,6 +305,13 @@ def test_a_damaged_document_is_refused_or_does_no_harm(tmp_path: Path) -> None:
 def test_what_is_no_document(start: bytes, tmp_path: Path) -> None:
     (tmp_path / suspend.DOCUMENT).write_bytes(start + b"[" * 100_000)
     with pytest.raises(VhostctlError, match=suspend.DOCUMENT):
+        suspend.MachineState.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b'{"version": 2, "new": []}', b'{"version": 0}'])
+def test_another_version(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / suspend.DOCUMENT).write_bytes(text)
+    with pytest.raises(VhostctlError, match=r"version [02]; this vhostctl reads version 1"):
         suspend.MachineState.load(tmp_path)
 
 

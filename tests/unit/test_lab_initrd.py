@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import lzma
-import os
+import resource
 import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -151,9 +152,7 @@ def test_a_busybox_with_libraries_would_not_start(kernel: Kernel, busybox: Path)
         initrd.entries(kernel)
 
 
-def test_nothing_half_written_is_left(
-    kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_half_written_is_left(kernel: Kernel, tmp_path: Path) -> None:
     with pytest.raises(KernelError, match=r"write on .*/no/guest\.cpio: No such file"):
         initrd.write(kernel, tmp_path / "no" / "guest.cpio")
     with pytest.raises(InvalidArgument, match="nowhere: No such file"):
@@ -162,12 +161,22 @@ def test_nothing_half_written_is_left(
         initrd.write(kernel, Path("/dev/full"))
     assert Path("/dev/full").is_char_device()
 
-    def cut_short(path: Path, data: bytes) -> int:
-        path.open("wb").close()
-        os.truncate(path, len(data) // 2)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "write_bytes", cut_short)
-    with pytest.raises(KeyboardInterrupt):
-        initrd.write(kernel, tmp_path / "guest.cpio")
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(KernelError, match="File too large"):
+            initrd.write(kernel, tmp_path / "guest.cpio")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "guest.cpio").exists()
+
+
+def test_what_may_not_be_written_stays(kernel: Kernel, tmp_path: Path) -> None:
+    busy = Path(shutil.copy("/bin/sleep", tmp_path / "busy"))
+    with subprocess.Popen([busy, "100"]) as process:
+        try:
+            with pytest.raises(KernelError, match="Text file busy"):
+                initrd.write(kernel, busy)
+        finally:
+            process.kill()
+    assert busy.read_bytes() == Path("/bin/sleep").read_bytes()

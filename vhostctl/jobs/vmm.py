@@ -86,7 +86,7 @@ class Vm(Closing):
     ) -> Self:
         """Go on with what `save` wrote to `directory`; the guest sees the card that it had.
 
-        It is asked to tell the network where it is now.
+        It is asked to tell the network where it is now. If it was paused it stays so.
 
         Raises InvalidArgument, NegotiationError and KernelError.
         """
@@ -104,12 +104,15 @@ class Vm(Closing):
             suspend.restore(machine, [nic], state)
             with machine.lock:
                 nic.announce()
-            return cls._go(stack, machine, nic)
+            return cls._go(stack, machine, nic, running=state.running)
 
     @classmethod
-    def _go(cls, stack: ExitStack, machine: Machine, nic: NetDevice) -> Self:
+    def _go(
+        cls, stack: ExitStack, machine: Machine, nic: NetDevice, *, running: bool = True
+    ) -> Self:
         machine.start()
-        machine.resume()
+        if running:
+            machine.resume()
         return cls(machine, nic, stack.pop_all())
 
     def set_link(self, up: bool) -> None:

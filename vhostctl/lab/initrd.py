@@ -57,13 +57,16 @@ def write(kernel: Kernel, path: Path, add: Iterable[Path] = ()) -> None:
     """
     data = archive(entries(kernel, add))
     try:
-        path.write_bytes(data)
-    except BaseException as error:
-        if path.is_file():
-            path.unlink()
-        if isinstance(error, OSError):
-            raise kernel_error(error.errno or 0, "write", str(path)) from error
-        raise
+        file = path.open("wb")  # if that is refused, what is there stays
+        try:
+            with file:
+                file.write(data)
+        except BaseException:
+            if path.is_file():
+                path.unlink()
+            raise
+    except OSError as error:
+        raise kernel_error(error.errno or 0, "write", str(path)) from error
 
 
 def entries(kernel: Kernel, add: Iterable[Path] = ()) -> dict[str, Entry]:

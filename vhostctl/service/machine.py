@@ -9,6 +9,7 @@ import msgspec
 
 from vhostctl.jobs.vmm import NIC, Vm
 from vhostctl.service.schema import Command, DeviceNotFound, Nothing
+from vhostctl.vmm.machine import Counters
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -31,15 +32,6 @@ class Save(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     directory: str
 
 
-class CounterValues(msgspec.Struct, frozen=True, rename="kebab"):
-    """What left the guest for this process since the start; see vmm.machine.Counters."""
-
-    doorbell_exits: int
-    interrupts_raised: int
-    io_exits: int
-    mmio_exits: int
-
-
 def machine_commands(vm: Vm) -> list[Command[Any]]:
     """Return the commands that act on `vm`."""
 
@@ -52,15 +44,6 @@ def machine_commands(vm: Vm) -> list[Command[Any]]:
             raise DeviceNotFound(f"there is no network card {arguments.name!r}", hint=NIC)
         vm.set_link(arguments.up)
 
-    def counters(_: Nothing) -> CounterValues:
-        now = vm.counters()
-        return CounterValues(
-            doorbell_exits=now.doorbell_exits,
-            interrupts_raised=now.interrupts_raised,
-            io_exits=now.port_exits,
-            mmio_exits=now.mmio_exits,
-        )
-
     return [
         Command("query-status", "Say whether the vCPUs run.", Nothing, Status, status),
         Command("stop", "Pause the vCPUs.", Nothing, Nothing, lambda _: vm.machine.pause()),
@@ -72,8 +55,8 @@ def machine_commands(vm: Vm) -> list[Command[Any]]:
             "query-counters",
             "Say how often the guest left KVM for this process.",
             Nothing,
-            CounterValues,
-            counters,
+            Counters,
+            lambda _: vm.counters(),
         ),
         Command(
             "save",

@@ -146,6 +146,10 @@ def e820(space: AddressSpace) -> list[boot_e820_entry]:
 
 def _open(path: Path) -> BinaryIO:
     try:
+        # Its size is asked for before it is read.
+        if not path.is_file():
+            path.stat()
+            raise InvalidArgument(f"{path} is not a file", hint="write what it has to one")
         return path.open("rb")
     except OSError as error:
         raise kernel_error(error.errno or 0, "open", str(path)) from error

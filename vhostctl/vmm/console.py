@@ -48,7 +48,7 @@ class Console(Closing):
     """Hands what is typed to a guest's port; a terminal is in raw mode until `close()`.
 
     Ctrl-A x calls `leave`, Ctrl-A Ctrl-A sends one Ctrl-A. While 64 KiB wait for the guest no
-    more is read: enough that nobody can type it, and then wants to leave.
+    more is read; from a terminal it is, for Ctrl-A x, and what else there is is lost.
     """
 
     def __init__(self, fd: int, loop: Loop, port: Serial, leave: Callable[[], None]) -> None:
@@ -58,11 +58,13 @@ class Console(Closing):
         self._port = port
         self._leave = leave
         self._escaped = False
+        self._closed = False
+        self._terminal = os.isatty(fd)
         self._before: list[object] | None = None
         # A signal may end the process ahead of the caller's `with`, or within `close()`.
         atexit.register(self._restore)
         try:
-            if os.isatty(fd):
+            if self._terminal:
                 self._before = termios.tcgetattr(fd)
                 tty.setraw(fd)
             # epoll(7) does not take files, which have everything at once and no guest to read it.
@@ -74,9 +76,12 @@ class Console(Closing):
 
     def _watch(self) -> None:
         self._port.drained = None
-        self._loop.watch(self._fd, self._read)
+        if not self._closed:
+            self._loop.watch(self._fd, self._read)
 
     def _read(self) -> None:
+        if self._closed:  # what comes now is for whoever is next
+            return
         try:
             data = os.read(self._fd, _CHUNK)
         except OSError:
@@ -96,17 +101,21 @@ class Console(Closing):
                 self._escaped = True
             else:
                 passed.append(byte)
-        if passed:
+        if passed and not (self._terminal and self._full):
             self._port.input(bytes(passed))
-        if self._port.waiting >= _ENOUGH:
+        if self._full and not self._terminal:
             self._loop.unwatch(self._fd)
             self._port.drained = self._watch
 
+    @property
+    def _full(self) -> bool:
+        return self._port.waiting >= _ENOUGH
+
     def close(self) -> None:
         """Read no more, and have the terminal as it was; a second call does nothing."""
+        self._closed = True
         self._restore()
         atexit.unregister(self._restore)
-        self._port.drained = None
         self._loop.unwatch(self._fd)
 
     def _restore(self) -> None:

@@ -37,7 +37,7 @@ class _Buffer:
 
 
 class ControlQueue:
-    """Takes commands off a ring and answers them, one call of `process` at a time.
+    """Takes commands off a ring and answers them, one with each call of `take`.
 
     `base` is where the avail ring is read next. Not synchronised.
     """
@@ -51,52 +51,40 @@ class ControlQueue:
         self._indirect = bool(features >> virtio.VIRTIO_RING_F_INDIRECT_DESC & 1)
         self.base = base
 
-    def process(self, handle: Handler) -> bool:
-        """Answer every command that waits; return whether the driver wants to hear of it.
+    def take(self, handle: Handler) -> bool | None:
+        """Answer the next command; return whether the driver wants to hear of it.
 
-        At most a ring full, so that a driver that adds commands for ever does not keep us.
-        Raises InvalidArgument if the ring or a command is malformed: the device then needs a
-        reset (virtio 1.2, 2.1.2).
+        None if no command waits: the next one is rung for. Raises InvalidArgument if the ring
+        or the command is malformed: the device then needs a reset (virtio 1.2, 2.1.2).
         """
-        used = self._used_idx()
-        first = used
-        for _ in range(self._ring.size):
-            self._ask_for_doorbell()  # first: what is added behind the look is rung for
-            if self.base == self._avail_idx():
-                break
-            head = self._u16(self._ring.avail + _HEADER + 2 * (self.base % self._ring.size))
-            buffers = list(self._chain(head))
-            command = self._gather(buffers)
-            written = self._scatter(buffers, handle(command))
-            entry = self._ring.used + _HEADER + 8 * (used % self._ring.size)
-            access.write(self._space, entry, _U32_PAIR.pack(head, written), "a used entry")
-            used = used + 1 & 0xFFFF
-            self.base = self.base + 1 & 0xFFFF
-            access.write(self._space, self._ring.used + 2, _U16.pack(used), "the used index")
-        return self._wanted(first, used)
+        self._ask_for_doorbell()  # first: what is added behind the look is rung for
+        if self.base == self._u16(self._ring.avail + 2):
+            return None
+        head = self._u16(self._ring.avail + _HEADER + 2 * (self.base % self._ring.size))
+        buffers = list(self._chain(head))
+        command = self._gather(buffers)
+        written = self._scatter(buffers, handle(command))
+        used = self._u16(self._ring.used + 2)
+        entry = self._ring.used + _HEADER + 8 * (used % self._ring.size)
+        access.write(self._space, entry, _U32_PAIR.pack(head, written), "a used entry")
+        self.base = self.base + 1 & 0xFFFF
+        used = used + 1 & 0xFFFF
+        access.write(self._space, self._ring.used + 2, _U16.pack(used), "the used index")
+        return self._wanted(used)
 
     def _ask_for_doorbell(self) -> None:
         if self._event_idx:
             avail_event = self._ring.used + _HEADER + 8 * self._ring.size
             access.write(self._space, avail_event, _U16.pack(self.base), "avail_event")
 
-    def _wanted(self, first: int, used: int) -> bool:
-        if first == used:
-            return False
-        if self._event_idx:  # vring_need_event() of linux/virtio_ring.h
-            event = self._u16(self._ring.avail + _HEADER + 2 * self._ring.size)
-            return (used - event - 1) & 0xFFFF < (used - first) & 0xFFFF
+    def _wanted(self, used: int) -> bool:
+        if self._event_idx:
+            return used - 1 & 0xFFFF == self._u16(self._ring.avail + _HEADER + 2 * self._ring.size)
         return not self._u16(self._ring.avail) & virtio.VRING_AVAIL_F_NO_INTERRUPT
 
     def _u16(self, gpa: int) -> int:
         number: int = _U16.unpack(access.read(self._space, gpa, 2, "the control ring"))[0]
         return number
-
-    def _avail_idx(self) -> int:
-        return self._u16(self._ring.avail + 2)
-
-    def _used_idx(self) -> int:
-        return self._u16(self._ring.used + 2)
 
     def _chain(self, head: int) -> Iterator[_Buffer]:
         """Yield the buffers of a chain, of its indirect table if it has one."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
+
 from vhostctl.abi.kvm import KVM_CAP_TSC_DEADLINE_TIMER
 from vhostctl.control.addressspace import AddressSpace
 from vhostctl.errors import InvalidArgument, StateError
@@ -63,8 +65,7 @@ class MachineConfig:
             raise InvalidArgument(f"{self.cpus} vCPUs", hint=f"use 1 to {layout.MAX_CPUS}")
 
 
-@dataclass(frozen=True, slots=True)
-class Counters:
+class Counters(msgspec.Struct, frozen=True, rename="kebab"):
     """What left the guest for this process since the start.
 
     `doorbell_exits` are doorbells of rings that vhost serves, `interrupts_raised` interrupts

@@ -8,18 +8,15 @@ import operator
 import struct
 import time
 from collections.abc import Sequence
-from typing import TypedDict
 
 from vhostctl.abi import virtio
-from vhostctl.abi.tun import IFF_DETACH_QUEUE
 from vhostctl.control.addressspace import AddressSpace
 from vhostctl.control.features import Policy, mask, negotiate, tap_features
 from vhostctl.control.netsetup import parse_mac
-from vhostctl.control.rings import RingPlacement
 from vhostctl.control.session import Session
 from vhostctl.control.states import State
 from vhostctl.control.wiring import SessionConfig
-from vhostctl.errors import InvalidArgument, KernelError, VhostctlError
+from vhostctl.errors import InvalidArgument, KernelError, NegotiationError, VhostctlError
 from vhostctl.host.closing import Closing
 from vhostctl.host.eventfd import EventFd
 from vhostctl.host.tap import Tap
@@ -28,6 +25,7 @@ from vhostctl.vmm.ctrlqueue import ControlQueue
 from vhostctl.vmm.log import log
 from vhostctl.vmm.netcommands import MAC_SIZE, answer
 from vhostctl.vmm.netconfig import NetConfig, NetState
+from vhostctl.vmm.netrings import Handed, handed, pairs_set_up, placed
 from vhostctl.vmm.virtio import Ring, Transport
 
 VIRTIO_ID_NET = 1
@@ -49,14 +47,6 @@ _SERVED = mask(
 _DRAIN = 0.2
 """Seconds that pairs that are switched off may take, all of them that one doorbell is rung for:
 the vCPU that asked for it waits, and others with it."""
-
-
-class _Handed(TypedDict):
-    """What a session is handed besides memory."""
-
-    tap: Tap
-    vhost: Sequence[VhostNet]
-    events: Sequence[dict[str, EventFd]]
 
 
 class NetDevice(Closing):
@@ -178,24 +168,15 @@ class NetDevice(Closing):
     def start(self, features: int, rings: Sequence[Ring]) -> None:
         """Hand the rings to vhost. Raises InvalidArgument, NegotiationError and KernelError."""
         self._place_control(features)
-        pairs = self._set_up(rings)
+        pairs = pairs_set_up(rings[: self._control_at])
         session = Session(
             self._session_config(features, pairs),
             memory=self._space,
             **self._handed(pairs),
-            rings=[self._placed(rings, n) for n in range(2 * pairs)],
+            rings=[placed(rings, n) for n in range(2 * pairs)],
         )
         self._run(session)
         self._set_control(features, rings, 0)
-
-    def _set_up(self, rings: Sequence[Ring]) -> int:
-        """Return how many pairs the driver has set up: it need not have all (5.1.5)."""
-        pairs = 1
-        while 2 * pairs < self._control_at and all(
-            ring.placement for ring in rings[2 * pairs : 2 * pairs + 2]
-        ):
-            pairs += 1
-        return pairs
 
     def _session_config(self, features: int, pairs: int) -> SessionConfig:
         return SessionConfig(
@@ -210,27 +191,9 @@ class NetDevice(Closing):
             vmm=self._served,
         )
 
-    def _handed(self, pairs: int) -> _Handed:
-        for queue in self._tap.queues[pairs:]:  # what the tap put there would wait for ever
-            if not queue.flags() & IFF_DETACH_QUEUE:
-                queue.disable()
-        return {
-            "tap": Tap(self._tap.name, self._tap.queues[:pairs], created=False),
-            "vhost": self._vhost[:pairs],
-            "events": [
-                {"kick": kick, "call": call, "error": error}
-                for kick, call, error in zip(
-                    self._kicks[: 2 * pairs], self.calls, self.errors, strict=False
-                )
-            ],
-        }
-
-    @staticmethod
-    def _placed(rings: Sequence[Ring], queue: int) -> RingPlacement:
-        found = rings[queue].placement
-        if found is None:
-            raise InvalidArgument(f"queue {queue} is not enabled", hint="the driver forgot it")
-        return found
+    def _handed(self, pairs: int) -> Handed:
+        events = zip(self._kicks, self.calls, self.errors, strict=False)
+        return handed(self._tap, self._vhost[:pairs], list(events))
 
     def _run(self, session: Session) -> None:
         try:
@@ -248,12 +211,15 @@ class NetDevice(Closing):
             self._control = ControlQueue(self._space, placement, features, base)
 
     def notify(self, queue: int) -> None:
-        """Answer the commands on the control queue."""
+        """Answer the next command on the control queue.
+
+        The one behind it waits for its turn: each may take a while.
+        """
         if queue != self._control_at or self._control is None:
             return
         self._drained_by = time.monotonic() + _DRAIN
         try:
-            call = self._control.process(self._command)
+            call = self._control.take(self._command)
         except InvalidArgument as error:
             log.warning("%s: control queue: %s", self._tap.name, error)
             self._control = None
@@ -262,6 +228,12 @@ class NetDevice(Closing):
             return
         if call:
             self.calls[queue].signal()
+        if call is not None:
+            self._notify_later()
+
+    def _notify_later(self) -> None:
+        if self._transport is not None:
+            self._transport.notify_later(self._control_at)
 
     def _command(self, command: bytes) -> bytes:
         try:
@@ -275,8 +247,14 @@ class NetDevice(Closing):
         session = self._session
         if session is None or not 1 <= pairs <= session.config.queues:
             return False
-        self._wanted_pairs = pairs
-        self._enable_pairs()
+        before, self._wanted_pairs = self._wanted_pairs, pairs
+        try:
+            self._enable_pairs()
+        except BaseException:
+            self._wanted_pairs = before  # as the driver will think
+            with contextlib.suppress(KernelError):
+                self._enable_pairs()
+            raise
         return True
 
     def _enable_pairs(self) -> None:
@@ -363,22 +341,37 @@ class NetDevice(Closing):
         )
 
     def go_on(self) -> None:
-        """Have vhost work on the rings again after `save()`. Raises KernelError."""
-        if self._session is not None and self._session.state is State.STOPPED:
+        """Have vhost work on the rings again after `save()`. Raises KernelError.
+
+        If they could not be stopped the device needs a reset, and the driver is told.
+        """
+        if self._session is None:
+            return
+        if self._session.state is State.STOPPED:
             self._session.start()
             self._session.kick()
+            self._notify_later()
+        elif self._session.state is State.FAILED and self._transport is not None:
+            self._transport.needs_reset()
 
     def restore(self, state: NetState, rings: Sequence[Ring]) -> None:
         """Go on where `save` stopped; `rings` as the driver placed them.
 
-        Raises InvalidArgument, NegotiationError and KernelError.
+        Raises InvalidArgument, NegotiationError (a feature that was on offer is not) and
+        KernelError.
         """
+        if missing := state.features & ~self.features:
+            raise NegotiationError(
+                f"{self._tap.name}: the card had {', '.join(virtio.feature_names(missing))}",
+                hint="resume it on a device and a tap that have that",
+            )
         self._mac = state.mac
         self._link, self._announcing = state.link, state.announcing
         self._wanted_pairs = state.wanted_pairs
-        self.features &= state.features
+        self.features = state.features
         if state.session is None:
             return
+        state.session.check()
         features = state.session.feature_bits
         self._place_control(features)
         session = Session.resume(
@@ -390,6 +383,7 @@ class NetDevice(Closing):
         self._run(session)
         if state.control is not None:
             self._set_control(features, rings, state.control)
+            self._notify_later()
 
     def close(self) -> None:
         """Take the rings away from vhost and close what is ours; a second call does nothing."""

@@ -13,7 +13,9 @@ from vhostctl.control.rings import check_size
 from vhostctl.control.snapshot import Snapshot
 from vhostctl.errors import InvalidArgument
 from vhostctl.vmm.netcommands import MAC_SIZE
+from vhostctl.vmm.registers import U16
 
+_ANY_MAC = "02:00:00:00:00:00"
 MTU_MIN, MTU_MAX = 68, 65535  # virtio 1.2, 5.1.4.1
 
 
@@ -30,10 +32,10 @@ class NetState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mac: Annotated[bytes, msgspec.Meta(min_length=MAC_SIZE, max_length=MAC_SIZE)]
     link: bool
     announcing: bool
-    wanted_pairs: int
+    wanted_pairs: U16
     tap_offer: int
     session: Snapshot | None
-    control: int | None
+    control: U16 | None
     features: int
     pairs: int
     queue_size: int
@@ -41,8 +43,11 @@ class NetState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def config(self) -> NetConfig:
-        """What the guest saw. Raises InvalidArgument."""
-        return NetConfig(self.mac.hex(":"), self.mtu, self.queue_size)
+        """What the guest saw, but for `mac`: it may have chosen one that nobody should have.
+
+        Raises InvalidArgument.
+        """
+        return NetConfig(_ANY_MAC, self.mtu, self.queue_size)
 
 
 @dataclass(frozen=True, slots=True)

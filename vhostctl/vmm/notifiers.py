@@ -29,6 +29,9 @@ class Watcher(Protocol):
     def unwatch(self, fd: int, /) -> None:
         """End; afterwards the callback neither runs nor will run."""
 
+    def call_soon(self, callback: Callable[[], None], /) -> None:
+        """Call back once, without an event."""
+
 
 class GuestNotifier(Closing):
     """One source of a device's events for the guest: its `call`, and who takes it at present.

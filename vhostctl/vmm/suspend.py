@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, BinaryIO, Self
 
 import msgspec
 
@@ -32,7 +32,6 @@ VERSION = 1
 DOCUMENT = "machine.json"
 
 _IMAGE_NAME = "memory-{}"
-_IMAGE_PATTERN = "^memory-[0-9a-f]{8}$"
 _CHUNK = 1 << 20
 _MODE = 0o600
 
@@ -44,15 +43,26 @@ class NicState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: NetState
 
 
+ImageName = Annotated[str, msgspec.Meta(pattern="^memory-[0-9a-f]{8}$")]
+
+
+class Head(msgspec.Struct, frozen=True):
+    """What the document of every version has, as far as it can be told."""
+
+    version: int
+    image: ImageName | None = None
+
+
 class MachineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything of a machine but its memory, which is `memory` bytes in the file `image`.
 
-    `nics` are in the order of the PCI slots.
+    `nics` are in the order of the PCI slots; `running` is whether the vCPUs ran.
     """
 
     version: int
+    running: bool
     memory: int
-    image: Annotated[str, msgspec.Meta(pattern=_IMAGE_PATTERN)]
+    image: ImageName
     transitional: bool
     kvm: KvmState
     serial: SerialState
@@ -69,17 +79,17 @@ class MachineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def load(cls, directory: Path) -> Self:
         """Read the document of `directory`. Raises InvalidArgument and KernelError."""
         path = directory / DOCUMENT
-        with _about(path):
+        with _about("load", path):
             text = path.read_bytes()
         try:
-            state = msgspec.json.decode(text, type=cls)
-        except msgspec.DecodeError as error:
-            raise InvalidArgument(f"{path}: {error}") from error
-        if state.version != VERSION:
-            raise InvalidArgument(
-                f"{path}: version {state.version}", hint=f"this vhostctl reads version {VERSION}"
-            )
-        return state
+            version = msgspec.json.decode(text, type=Head).version
+            if version == VERSION:
+                return msgspec.json.decode(text, type=cls)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise InvalidArgument(f"{path}: {error}", hint="save the machine again") from error
+        raise InvalidArgument(
+            f"{path}: version {version}", hint=f"this vhostctl reads version {VERSION}"
+        )
 
     def config(self, *, irqfd: bool = True, ioeventfd: bool = True) -> MachineConfig:
         """Return what a machine is to have to go on from here. Raises InvalidArgument."""
@@ -100,7 +110,7 @@ def save(machine: Machine, nics: Sequence[NetDevice], directory: Path) -> None:
     KernelError (ENOSPC...), StateError for a machine that has ended, or what ended it.
     """
     with ExitStack() as undo:
-        if machine.running:
+        if running := machine.running:
             undo.callback(machine.resume)
         machine.pause()
         with machine.lock:
@@ -113,6 +123,7 @@ def save(machine: Machine, nics: Sequence[NetDevice], directory: Path) -> None:
             functions = [function.save() for function in machine.functions]
             state = MachineState(
                 version=VERSION,
+                running=running,
                 memory=machine.config.memory,
                 image=_IMAGE_NAME.format(secrets.token_hex(4)),
                 transitional=machine.config.transitional,
@@ -122,7 +133,8 @@ def save(machine: Machine, nics: Sequence[NetDevice], directory: Path) -> None:
                 pci=machine.pci.save(),
                 nics=tuple(map(NicState, functions, devices)),
             )
-        _write(machine, state, directory)
+            # Under the lock: what is typed or asked for now would be in neither machine.
+            _write(machine, state, directory)
         undo.pop_all()
 
 
@@ -132,28 +144,58 @@ def _go_on(machine: Machine, nic: NetDevice) -> None:
 
 
 def _write(machine: Machine, state: MachineState, directory: Path) -> None:
-    with _about(directory), ExitStack() as undo:
+    with _about("save", directory), ExitStack() as undo:
         directory.mkdir(parents=True, exist_ok=True)
-        before = set(directory.glob(_IMAGE_NAME.format("?" * 8)))
+        before = _image(directory)
         # A new file: who was resumed from the old one has it mapped.
-        image = directory / state.image
-        undo.callback(image.unlink, missing_ok=True)
-        # What a guest keeps secret is in both files.
-        image.touch(_MODE)
-        with image.open("wb") as file:
+        image, fresh = directory / state.image, directory / f"{DOCUMENT}.new"
+        undo.callback(_remove_unnamed, image)
+        with _created(image) as file:
             start = 0
             for region in machine.ram:
                 _write_region(file.fileno(), start, region)
                 start += region.size
             file.truncate(start)
-        fresh = directory / f"{DOCUMENT}.new"
         undo.callback(fresh.unlink, missing_ok=True)
-        fresh.touch(_MODE)
-        fresh.write_bytes(msgspec.json.encode(state))
+        with _created(fresh) as file:
+            file.write(msgspec.json.encode(state))
         fresh.rename(directory / DOCUMENT)
-        undo.pop_all()
-        for old in before:
-            old.unlink(missing_ok=True)
+        _flush(directory)
+        if before is not None:
+            before.unlink(missing_ok=True)
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[BinaryIO]:
+    """Yield the file, made for its owner alone: what a guest keeps secret is in it."""
+    path.touch(_MODE)
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _image(directory: Path) -> Path | None:
+    """Return the memory of the machine that is in `directory`, if one is."""
+    try:
+        name = msgspec.json.decode((directory / DOCUMENT).read_bytes(), type=Head).image
+    except (FileNotFoundError, msgspec.DecodeError, RecursionError):
+        return None
+    return None if name is None else directory / name
+
+
+def _remove_unnamed(image: Path) -> None:
+    """Remove the memory of a save that failed before its document was in place."""
+    if _image(image.parent) != image:
+        image.unlink(missing_ok=True)
 
 
 def _write_region(fd: int, start: int, region: MappedRegion) -> None:
@@ -208,9 +250,9 @@ def restore(machine: Machine, nics: Sequence[NetDevice], state: MachineState) ->
 
 
 @contextmanager
-def _about(path: Path) -> Iterator[None]:
+def _about(operation: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else ""
-        raise kernel_error(error.errno or 0, "save or load", str(path), hint) from error
+        raise kernel_error(error.errno or 0, operation, str(path), hint) from error

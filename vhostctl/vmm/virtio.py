@@ -27,6 +27,9 @@ class Transport(Protocol):
     def config_changed(self) -> None:
         """Tell the driver that the device's configuration is another one now."""
 
+    def notify_later(self, queue: int) -> None:
+        """Have `notify(queue)` called soon; others get their turn before."""
+
     def needs_reset(self) -> None:
         """Set DEVICE_NEEDS_RESET (virtio 1.2, 2.1.1): nothing works until the driver resets."""
 

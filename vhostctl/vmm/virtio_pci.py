@@ -89,7 +89,7 @@ class VirtioPci(PciFunction, Closing):
             self._set_line,
         )
         self._transport = VirtioTransport(
-            device, self._events, self._place_doorbells, ioeventfd=ioeventfd
+            device, self._events, self._place_doorbells, loop.call_soon, ioeventfd=ioeventfd
         )
         self._legacy: Bar | None = None
         if transitional:

@@ -69,6 +69,7 @@ class VirtioTransport:
         device: VirtioDevice,
         events: Events,
         running_changed: Callable[[], None],
+        call_soon: Callable[[Callable[[], None]], None],
         *,
         ioeventfd: bool = True,
     ) -> None:
@@ -78,6 +79,7 @@ class VirtioTransport:
         self.state = DriverState([QueueState() for _ in device.queue_sizes])
         self.doorbells: list[HostNotifier] = []
         self._running_changed = running_changed
+        self._call_soon = call_soon
         self._ioeventfd = ioeventfd
         self._past_exits = 0
         device.attach(self)
@@ -190,6 +192,10 @@ class VirtioTransport:
         """Tell the driver that the device's configuration is another one now."""
         self.state.generation = self.state.generation + 1 & 0xFF
         self._signal_config()
+
+    def notify_later(self, queue: int) -> None:
+        """Have the device look at a virtqueue soon; others get their turn before."""
+        self._call_soon(partial(self.device.notify, queue))
 
     def needs_reset(self) -> None:
         """Set DEVICE_NEEDS_RESET, and tell the driver."""
