@@ -102,8 +102,8 @@ class Rig(Wired):
         placed, end = place_rings(0, count + 1, SIZE)
         access.write(self.space, 0, bytes(end))
         used = count if enable is None else 2 * enable
-        self.rings = [
-            Ring(ring if n < used or n == count else None) for n, ring in enumerate(placed)
+        self.rings: list[Ring] = [
+            ring if n < used or n == count else None for n, ring in enumerate(placed)
         ]
         rings, (control,) = placed[:used], placed[count:]
         self.commands = Commands(self.space, control, end)

@@ -202,13 +202,13 @@ def test_suspended_and_resumed_in_the_middle(device: str) -> None:
 @pytest.mark.parametrize("where", [0xFFFF_FFFF_F000, 0x123, 32 << 20])
 def test_rings_that_lie_nowhere_do_not_start(device: str, where: int) -> None:
     with Rig(device) as rig:
-        rings = [Ring(RingPlacement(64, where, where + 2048, where + 4096))] * 3
+        rings: list[Ring] = [RingPlacement(64, where, where + 2048, where + 4096)] * 3
         assert rig.net.accept(rig.net.features & BITS)
         with pytest.raises(VhostctlError):
             rig.net.start(rig.net.features & BITS, rings)
         assert not rig.net.running
         with pytest.raises(InvalidArgument, match="queue 0 is not enabled"):
-            rig.net.start(rig.net.features & BITS, [Ring(None)] * 3)
+            rig.net.start(rig.net.features & BITS, [None] * 3)
         rig.start()
         assert rig.exchange() == NOTHING_LOST
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import cast
@@ -12,7 +14,7 @@ from typing import cast
 import pytest
 
 from vhostctl.abi.kvm import kvm_cpuid2, kvm_cpuid2_table, kvm_cpuid_entry2
-from vhostctl.errors import InvalidArgument
+from vhostctl.errors import InvalidArgument, KernelError
 from vhostctl.host.vcpu import Exit, Interrupted, Mmio, PortIo, Shutdown, SystemEvent, Vcpu
 from vhostctl.vmm import cpuid
 from vhostctl.vmm.bus import Bus
@@ -34,6 +36,11 @@ class Script:
         self.idle = threading.Event()
         self.blocked = 0
         self.immediate: list[bool] = []
+        self.told = 0
+
+    def clock_paused(self) -> None:
+        self.told += 1
+        raise KernelError(errno.EINVAL, "KVM_KVMCLOCK_CTRL", self.label)
 
     def set_signal_mask(self, blocked: int) -> None:
         self.blocked = blocked
@@ -131,6 +138,44 @@ def test_an_end_is_told_once(cause: Shutdown | SystemEvent) -> None:
     assert cpu.ends.empty()
 
 
+def test_who_stops_it_may_hold_what_the_end_needs() -> None:
+    cpu = Cpu([Shutdown()])
+    told, stopping = threading.Event(), threading.Event()
+
+    def end(_: CpuEnd) -> None:
+        told.set()
+        assert stopping.wait(PATIENCE)
+        with cpu.lock:
+            pass
+
+    def stop() -> None:
+        with cpu.lock:
+            stopping.set()
+            time.sleep(0.01)  # for the other to want the lock
+            cpu.thread.stop()
+
+    cpu.thread._on_end = end
+    cpu.thread.start()
+    cpu.thread.resume()
+    assert told.wait(PATIENCE)
+    stopper = threading.Thread(target=stop, daemon=True)
+    stopper.start()
+    stopper.join(PATIENCE)
+    assert not stopper.is_alive()
+
+
+def test_the_guest_hears_that_it_stood_still() -> None:
+    cpu = Cpu([])
+    cpu.thread.start()
+    for times in (1, 2):
+        cpu.script.idle.clear()
+        cpu.thread.resume()
+        assert cpu.script.idle.wait(PATIENCE)
+        cpu.thread.pause()
+        assert cpu.script.told == times
+    cpu.thread.stop()
+
+
 def test_what_a_model_raises_is_told_and_holds_nothing() -> None:
     def fail() -> None:
         raise SystemExit
@@ -175,9 +220,12 @@ def test_a_thread_that_was_never_started_is_paused() -> None:
     cpu.finish()
 
 
+AMD = (0x8000_0001, 0x8000_0008, 0x8000_001D, 0x8000_001E, 0x8000_0022)
+
+
 def supported() -> kvm_cpuid2:
     words = {"eax": 0x1C004121, "ebx": 0xFFFFFFFF, "ecx": 0xFFFFFFFF, "edx": 0xFFFFFFFF}
-    functions = (0, 1, 4, 0xA, 0xB, 0x1F, 0x8000_0001, 0x8000_0008, 0x8000_001D, 0x8000_001E)
+    functions = (0, 1, 4, 0xA, 0xB, 0x1F, *AMD)
     return kvm_cpuid2_table([kvm_cpuid_entry2(function=n, **words) for n in functions])
 
 
@@ -205,6 +253,8 @@ def test_what_is_not_saved_is_not_shown() -> None:
     found = leaves(0, 2)
     assert not found[1, 0].ecx & 1 << 5  # VMX
     assert not found[0x8000_0001, 0].ecx & 1 << 2  # SVM
+    assert not found[0x8000_0001, 0].ecx & 1 << 23  # more performance counters
+    assert (found[0x8000_0022, 0].eax, found[0x8000_0022, 0].ebx) == (0, 0)
     assert found[1, 0].ecx >> 31 == 1  # a hypervisor is there
     assert (found[0xA, 0].eax, found[0xA, 0].edx) == (0, 0)
     assert found[1, 0].ecx & 1 << 24

@@ -82,6 +82,7 @@ def test_a_message_has_a_gsi_while_it_is_routed() -> None:
     interrupts.route(first, MESSAGE)
     assert chips.routes == pins | {gsi: [(0xFEE01000, 0, 0x41)] for gsi in (24, 25)}
     interrupts.release(first)
+    assert chips.set == 4  # KVM hears of it with the next
     interrupts.route(second, None)
     assert chips.routes == pins
     assert interrupts.allocate() == 24
@@ -100,9 +101,7 @@ def test_a_route_that_is_refused_changes_nothing() -> None:
     chips.full = True
     for change in (Msi(0, 0), None):
         with pytest.raises(KernelError):
-            interrupts.route(first, change)
-    with pytest.raises(KernelError):
-        interrupts.release(first)
+            interrupts.route_all({second: MESSAGE, first: change})
     chips.full = False
     interrupts.route(second, Msi(4, 5))
     assert chips.routes == routes | {second: [(4, 0, 5)]}

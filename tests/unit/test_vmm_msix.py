@@ -25,7 +25,7 @@ class Rig:
         self.pending: set[int] = set()
         self.msix = Msix(
             count,
-            lambda vector, message: self.changes.append((vector, message)),
+            lambda messages: self.changes.extend(messages.items()),
             lambda vector: vector in self.pending,
             lambda: self.switches.append(self.msix.enabled),
         )

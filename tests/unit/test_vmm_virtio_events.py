@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import msgspec
 import pytest
 
 from tests.support.pci_machine import VERSION_1, Machine, begin
 from vhostctl.abi import pci
+from vhostctl.abi.kvm import kvm_irq_routing_entry
+from vhostctl.abi.virtio_pci import VIRTIO_MSI_NO_VECTOR
 from vhostctl.vmm.interrupts import Msi
-from vhostctl.vmm.virtio import NO_VECTOR
+from vhostctl.vmm.virtio_pci import VirtioPciState
 
 ENABLE, MASKALL = pci.PCI_MSIX_FLAGS_ENABLE, pci.PCI_MSIX_FLAGS_MASKALL
 
@@ -141,12 +144,12 @@ def test_vectors_are_shared_and_taken_back(machine: Machine) -> None:
     for queue in range(3):
         driver.set("queue_select", queue)
         driver.set("queue_msix_vector", 1)
-    assert len(set(machine.vm.irqfds.values())) == len(machine.vm.routes) == 2
+    assert len(set(machine.vm.irqfds.values())) == 2
     for call in device.calls:
         call.signal()
     machine.work()
     assert machine.vm.sent == [messages[1]] * 3
-    driver.set("queue_msix_vector", NO_VECTOR)
+    driver.set("queue_msix_vector", VIRTIO_MSI_NO_VECTOR)
     device.calls[2].signal()
     machine.work()
     assert len(machine.vm.sent) == 3
@@ -162,10 +165,10 @@ def test_vectors_that_there_are_not_read_back_as_none(machine: Machine, vector: 
         driver.set(name, 0)
         assert driver.get(name) == 0
         driver.set(name, vector)
-        assert driver.get(name) == NO_VECTOR
+        assert driver.get(name) == VIRTIO_MSI_NO_VECTOR
     driver.set("queue_select", 3)
     driver.set("queue_msix_vector", 0)
-    assert driver.get("queue_msix_vector") == NO_VECTOR
+    assert driver.get("queue_msix_vector") == VIRTIO_MSI_NO_VECTOR
 
 
 def test_going_from_intx_to_msix_and_back_loses_nothing(machine: Machine) -> None:
@@ -219,3 +222,41 @@ def test_random_masks_lose_no_event(machine: Machine) -> None:
         assert machine.vm.sent
         masked[vector] = False
     assert machine.vm.lost == 0
+
+
+def test_a_table_that_is_unmasked_is_one_request(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, _, driver = begin(machine)
+    driver.start()
+    messages = driver.take_vectors()
+    driver.msix_control(ENABLE | MASKALL)
+    for vector, message in enumerate(messages):
+        driver.write_message(vector, Msi(message.address, message.data + 0x20))
+    requests: list[int] = []
+    set_gsi_routing = machine.vm.set_gsi_routing
+
+    def counting(entries: Sequence[kvm_irq_routing_entry]) -> None:
+        requests.append(len(entries))
+        set_gsi_routing(entries)
+
+    monkeypatch.setattr(machine.vm, "set_gsi_routing", counting)
+    driver.msix_control(ENABLE)
+    assert len(requests) == 1
+    for call in device.calls:
+        call.signal()
+    machine.work()
+    assert [message.data for message in machine.vm.sent] == [0x60, 0x61, 0x62]
+    driver.set("device_status", 0)
+    assert len(requests) == 1
+    assert not machine.vm.irqfds
+
+
+def test_a_state_with_a_vector_that_no_register_has(machine: Machine) -> None:
+    _, function, driver = begin(machine)
+    driver.start()
+    document = msgspec.json.encode(function.save())
+    damaged = document.replace(b"65535", b"-1")
+    assert damaged != document
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(damaged, type=VirtioPciState)

@@ -9,8 +9,8 @@ import pytest
 from tests.support.pci_machine import Machine, begin
 from vhostctl.abi import pci
 from vhostctl.abi import virtio_pci as abi
+from vhostctl.abi.virtio_pci import VIRTIO_MSI_NO_VECTOR
 from vhostctl.control.rings import RingPlacement
-from vhostctl.vmm.virtio import NO_VECTOR
 
 ENABLE = pci.PCI_MSIX_FLAGS_ENABLE
 
@@ -61,8 +61,8 @@ def test_a_legacy_driver_works(machine: Machine) -> None:
     assert device.started is not None
     features, rings = device.started
     assert features == 0x21
-    assert rings[0].placement == RingPlacement(256, 0x10_0000, 0x10_1000, 0x10_2000)
-    assert rings[2].placement == RingPlacement(64, 0x12_0000, 0x12_0400, 0x12_1000)
+    assert rings[0] == RingPlacement(256, 0x10_0000, 0x10_1000, 0x10_2000)
+    assert rings[2] == RingPlacement(64, 0x12_0000, 0x12_0400, 0x12_1000)
     kicks = [kick.fileno() for kick in device.kicks if kick is not None]
     port = driver.base + abi.VIRTIO_PCI_QUEUE_NOTIFY
     assert machine.vm.doorbells == {(port, 2, n, True): fd for n, fd in enumerate(kicks)}
@@ -88,7 +88,7 @@ def test_the_legacy_configuration_moves_with_msix(machine: Machine) -> None:
     assert driver.get(18, 4) == 2 << 16
     modern.msix_control(ENABLE)
     assert driver.get(24, 4) == 2
-    assert driver.get(20, 2) == NO_VECTOR
+    assert driver.get(20, 2) == VIRTIO_MSI_NO_VECTOR
     driver.set(abi.VIRTIO_MSI_CONFIG_VECTOR, 3, 2)
     driver.set(abi.VIRTIO_MSI_QUEUE_VECTOR, 0, 2)
     assert driver.get(20, 4) == 3

@@ -10,9 +10,9 @@ import pytest
 from tests.support.pci_machine import VERSION_1, Driver, Machine, begin
 from vhostctl.abi import pci
 from vhostctl.abi import virtio_pci as abi
+from vhostctl.abi.virtio_pci import VIRTIO_MSI_NO_VECTOR
 from vhostctl.control.memtable import MemoryTable
 from vhostctl.control.rings import RingPlacement
-from vhostctl.vmm.virtio import NO_VECTOR
 
 NEEDS_RESET = 0x40
 
@@ -112,7 +112,7 @@ def test_rings_are_where_the_driver_put_them(machine: Machine) -> None:
     driver.place(7, 64, 0x1000)
     driver.set("device_status", 15)
     assert device.started is not None
-    placed = [ring.placement for ring in device.started[1]]
+    placed = list(device.started[1])
     at = 0xFEDC_BA98_7000
     assert placed == [RingPlacement(128, at, at + 0x1000, at + 0x2000), None, None]
     assert list(device.started[1]) == function.rings
@@ -129,10 +129,11 @@ def test_a_reset_forgets_everything(machine: Machine) -> None:
     assert driver.get("device_status") == 0
     assert device.started is None
     assert not machine.vm.doorbells
-    assert not machine.vm.routes
+    assert not machine.vm.irqfds
     driver.set("queue_select", 0)
     names = ("queue_enable", "queue_desc_lo", "queue_size", "queue_msix_vector", "msix_config")
-    assert [driver.get(name) for name in names] == [0, 0, 256, NO_VECTOR, NO_VECTOR]
+    values = [driver.get(name) for name in names]
+    assert values == [0, 0, 256, VIRTIO_MSI_NO_VECTOR, VIRTIO_MSI_NO_VECTOR]
     assert not function.running
     machine.work()
     assert not machine.vm.sent
@@ -215,13 +216,40 @@ def test_doorbells_move_with_the_bar(machine: Machine, monkeypatch: pytest.Monke
     offset = driver.structures[2] & 0x3FFF
     assert moved == {(offset + 4 * n, 0, None, False) for n in range(2)}
     assert not before & set(machine.vm.doorbells)
-    machine.write_config(driver.slot, pci.PCI_COMMAND, 0, 2)
+    machine.write_config(driver.slot, pci.PCI_COMMAND, pci.PCI_COMMAND_MASTER, 2)
     assert not machine.vm.doorbells
     machine.write_config(driver.slot, pci.PCI_COMMAND, 7, 2)
     assert len(machine.vm.doorbells) == 2
     machine.write_config(driver.slot, register, 0x1000)
     assert not machine.vm.doorbells
     assert function.running
+
+
+def test_a_device_that_is_no_bus_master_any_more_has_stopped(machine: Machine) -> None:
+    device, function, driver = begin(machine)
+    machine.write_config(driver.slot, pci.PCI_COMMAND, 3, 2)
+    driver.start()  # a legacy driver may become one later
+    running = [function.running]
+    for command in (7, 3):
+        machine.write_config(driver.slot, pci.PCI_COMMAND, command, 2)
+        running.append(function.running)
+    assert running == [True, True, False]
+    assert device.started is None
+    assert not machine.vm.doorbells
+    assert driver.get("device_status") == 0
+    machine.write_config(driver.slot, pci.PCI_COMMAND, 7, 2)
+    driver.start()
+    assert device.started is not None
+
+
+def test_a_function_that_leaves_lets_go_of_its_line(machine: Machine) -> None:
+    device, function, driver = begin(machine)
+    driver.start()
+    device.calls[0].signal()
+    machine.work()
+    assert any(machine.vm.lines.values())
+    machine.pci.remove(function)
+    assert not any(machine.vm.lines.values())
 
 
 def test_two_functions_swap_places(machine: Machine) -> None:

@@ -39,10 +39,6 @@ class kvm_userspace_memory_region(Struct):
     )
 
 
-KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
-KVM_MEM_READONLY = 1 << 1
-
-
 class kvm_irq_level(Struct):
     """The level of one GSI (8 bytes)."""
 
@@ -213,8 +209,6 @@ class kvm_mp_state(Struct):
     _fields_ = (("mp_state", _u32),)
 
 
-KVM_MP_STATE_RUNNABLE = 0
-KVM_MP_STATE_UNINITIALIZED = 1
 KVM_MP_STATE_HALTED = 3
 
 

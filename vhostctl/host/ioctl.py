@@ -37,14 +37,16 @@ _HINTS: dict[tuple[str | None, int], str] = {
     " past KVM_CAP_NR_MEMSLOTS, or it changes in more than its flags: delete it first",
     ("KVM_IOEVENTFD", errno.EEXIST): "another ioeventfd has this address, length and value"
     " (one of any length or any value has them all): take that away first",
-    ("KVM_IOEVENTFD", errno.EINVAL): "the length is 1, 2, 4 or 8 bytes, or 0 without datamatch",
+    ("KVM_IOEVENTFD", errno.EINVAL): "the length is 1, 2, 4 or 8 bytes, or 0 without"
+    " datamatch, and the descriptor is an eventfd",
     ("KVM_IOEVENTFD", errno.ENOENT): "there is no such ioeventfd to take away",
     ("KVM_IOEVENTFD", errno.ENOSPC): "the VM has as many ioeventfds as KVM keeps: merge some",
     ("KVM_IRQFD", errno.EBUSY): "the eventfd raises an interrupt already: take that away first",
     ("KVM_IRQFD", errno.EAGAIN): "make the irqchips first",
-    ("KVM_IRQFD", errno.EINVAL): "make the irqchips first",
+    ("KVM_IRQFD", errno.EINVAL): "it takes an eventfd, and irqchips that are made before",
     ("KVM_SET_GSI_ROUTING", errno.EINVAL): "a GSI is past 4095, or a pin or chip does not exist",
-    ("KVM_SET_CPUID2", errno.EINVAL): "a vCPU that ran keeps the CPUID that it had",
+    ("KVM_SET_CPUID2", errno.EINVAL): "a vCPU that ran keeps the CPUID that it had, and no"
+    " processor shows what it cannot do: compare the hosts",
     ("KVM_RUN", errno.EFAULT): "the guest touched a slot whose memory is not there (any more)",
     (None, errno.EPERM): "only the process that called VHOST_SET_OWNER may do this",
 }

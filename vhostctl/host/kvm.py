@@ -93,12 +93,12 @@ class Vm(KvmHandle):
         fd = call(self, kvm.KVM_CREATE_VCPU, index, f"vCPU {index}")
         return Vcpu(fd, index, self._run_size, xsave_size)
 
-    def set_memory(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
+    def set_memory(self, slot: int, gpa: int, size: int, hva: int) -> None:
         """KVM_SET_USER_MEMORY_REGION: [gpa, gpa + size) is our memory at `hva`; size 0 deletes.
 
-        All three are multiples of 4096. `flags` is a mask of KVM_MEM_*.
+        All three are multiples of 4096.
         """
-        region = kvm.kvm_userspace_memory_region(slot, flags, gpa, size, hva)
+        region = kvm.kvm_userspace_memory_region(slot, 0, gpa, size, hva)
         call(self, kvm.KVM_SET_USER_MEMORY_REGION, region, f"slot {slot}, {gpa:#x}+{size:#x}")
 
     def set_tss_addr(self, gpa: int) -> None:

@@ -11,10 +11,11 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
-from vhostctl.errors import StateError
+from vhostctl.errors import KernelError, StateError
 from vhostctl.host.vcpu import (
     Failure,
     Halted,
@@ -123,12 +124,15 @@ class CpuThread:
 
     def _main(self) -> None:
         cause = self._outcome()
-        with self._changed:
-            self._ended = True
-            self._kickable = None
-            self._changed.notify_all()
-        if cause is not None:
-            self._on_end(CpuEnd(self.vcpu.index, cause))
+        try:
+            if cause is not None:
+                self._on_end(CpuEnd(self.vcpu.index, cause))
+        finally:
+            # Behind it: who waits for the end may hold the lock that it takes.
+            with self._changed:
+                self._ended = True
+                self._kickable = None
+                self._changed.notify_all()
 
     def _outcome(self) -> Halted | Shutdown | SystemEvent | Failure | BaseException | None:
         """Run the vCPU until it is stopped (None) or ends by itself."""
@@ -166,11 +170,15 @@ class CpuThread:
     def _may_run(self) -> bool:
         """Wait while the vCPU is paused; return whether it is to run, else it is stopped."""
         with self._changed:
-            self._parked = self._wanted is _Wanted.PAUSED
+            self._parked = paused = self._wanted is _Wanted.PAUSED
             while self._wanted is _Wanted.PAUSED:
                 self._changed.notify_all()
                 self._changed.wait()
             self._parked = False
+            if paused:
+                # Or the guest's watchdogs take it for a processor that hangs.
+                with suppress(KernelError):  # a guest without KVM's clock is not told
+                    self.vcpu.clock_paused()
             return self._wanted is _Wanted.RUNNING
 
     def _port_io(self, io: PortIo) -> None:

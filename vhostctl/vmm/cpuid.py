@@ -31,7 +31,8 @@ _XSTATE = 0xD
 _CPUINFO = Path("/proc/cpuinfo")
 _EMULATOR = re.compile(r"^model name\s*: QEMU TCG CPU", re.MULTILINE)
 _AMD_ECX_LEGACY_CORES = 1 << 1
-_AMD_ECX_SVM = 1 << 2
+# SVM, and the counters of core, northbridge and L2.
+_AMD_ECX_HIDDEN = sum(1 << bit for bit in (2, 23, 24, 28))
 _LEVEL_THREAD, _LEVEL_CORE = 1, 2
 
 
@@ -76,10 +77,10 @@ def _adapt(entry: kvm_cpuid_entry2, index: int, count: int, tsc_deadline: bool) 
             shared = _ids(count) if entry.eax >> 5 & 7 >= 3 else 1
             cores = min(_ids(count), 64)
             entry.eax = entry.eax & 0x3FFF | shared - 1 << 14 | cores - 1 << 26
-        case 0xA:
+        case 0xA | 0x8000_0022:  # performance counters
             entry.eax = entry.ebx = entry.ecx = entry.edx = 0
         case 0x8000_0001:
-            entry.ecx = _with(entry.ecx & ~_AMD_ECX_SVM, _AMD_ECX_LEGACY_CORES, many)
+            entry.ecx = _with(entry.ecx & ~_AMD_ECX_HIDDEN, _AMD_ECX_LEGACY_CORES, many)
         case 0x8000_0008:
             entry.ecx = _bits(count) << 12 | count - 1
         case 0x8000_001D if entry.eax & 0x1F:

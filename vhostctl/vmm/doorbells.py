@@ -14,6 +14,7 @@ from vhostctl.control.memtable import MemoryTable
 from vhostctl.errors import VhostctlError
 from vhostctl.host.closing import Closing
 from vhostctl.host.eventfd import EventFd
+from vhostctl.vmm.steps import whole
 
 
 class DoorbellVm(Protocol):
@@ -110,27 +111,17 @@ class Doorbells(Closing):
         return gone + [partial(self._add, doorbell) for doorbell in wanted - self._present]
 
     def _add(self, doorbell: Doorbell) -> None:
-        try:
+        with whole(partial(self._discard, doorbell)):
             self._ask(doorbell, assign=True)
             self._present.add(doorbell)
-        except VhostctlError:
-            raise
-        except BaseException:
-            self._discard(doorbell)
-            raise
 
     def _remove(self, doorbell: Doorbell) -> None:
-        try:
+        with whole(partial(self._discard, doorbell)):
             self._ask(doorbell, assign=False)
             self._present.discard(doorbell)
-        except VhostctlError:
-            raise
-        except BaseException:
-            self._discard(doorbell)
-            raise
 
     def _discard(self, doorbell: Doorbell) -> None:
-        """After an interrupt, when nobody knows what KVM did: make sure that it has none."""
+        """Make sure that KVM has none."""
         with suppress(VhostctlError):
             self._ask(doorbell, assign=False)
         self._present.discard(doorbell)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -62,7 +62,8 @@ class Interrupts:
         self.raised = 0
         self._messages: dict[int, Msi | None] = {}
         self._holders: dict[int, set[object]] = {}
-        self._set_routing(self._messages)
+        self._pins = list(_pins())
+        self._vm.set_gsi_routing(self._pins)
 
     def line(self, gsi: int, level: bool, source: object = None) -> None:
         """Raise or lower the line of `gsi`, which is up while any of its sources has it up.
@@ -87,22 +88,32 @@ class Interrupts:
         return gsi
 
     def release(self, gsi: int) -> None:
-        """Give back what `allocate()` returned; no notifier uses it. Raises KernelError."""
-        self.route(gsi, None)
+        """Give back what `allocate()` returned; no notifier uses it.
+
+        KVM hears of it when the routing is set next: nobody raises it until then.
+        """
+        if gsi not in self._messages:
+            raise _not_allocated(gsi)
         del self._messages[gsi]
 
     def route(self, gsi: int, message: Msi | None) -> None:
-        """Have `gsi` send `message`, or nothing.
+        """As `route_all()`, of one GSI."""
+        self.route_all({gsi: message})
+
+    def route_all(self, changes: Mapping[int, Msi | None]) -> None:
+        """Have each GSI send its message, or nothing. KVM takes milliseconds for each call.
 
         Raises InvalidArgument for a GSI that was not allocated, and KernelError (EINVAL: more
         routes than KVM has); then all is as before.
         """
-        if gsi not in self._messages:
-            raise InvalidArgument(f"GSI {gsi} was not allocated", hint="use Interrupts.allocate()")
-        if self._messages[gsi] == message:
+        for gsi in changes:
+            if gsi not in self._messages:
+                raise _not_allocated(gsi)
+        messages = {**self._messages, **changes}
+        if messages == self._messages:
             return
-        messages = {**self._messages, gsi: message}
-        self._set_routing(messages)
+        entries = [_message(gsi, msi) for gsi, msi in messages.items() if msi is not None]
+        self._vm.set_gsi_routing(self._pins + entries)
         self._messages = messages
 
     def signal(self, message: Msi) -> bool:
@@ -126,10 +137,9 @@ class Interrupts:
         """Undo `connect()`: what came until then is raised, what comes later stays. KernelError."""
         self._vm.irqfd(event_fd, gsi, assign=False)
 
-    def _set_routing(self, messages: dict[int, Msi | None]) -> None:
-        entries = list(_pins())
-        entries += [_message(gsi, msi) for gsi, msi in messages.items() if msi is not None]
-        self._vm.set_gsi_routing(entries)
+
+def _not_allocated(gsi: int) -> InvalidArgument:
+    return InvalidArgument(f"GSI {gsi} was not allocated", hint="use Interrupts.allocate()")
 
 
 def _pins() -> Iterator[kvm_irq_routing_entry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import select
 import threading
@@ -42,7 +43,7 @@ class Loop(Closing):
     ) -> None:
         """Start the thread; `on_error` gets, under the lock, what a callback raises.
 
-        Raises KernelError (EMFILE, ENFILE, ENOMEM).
+        Raises KernelError (EMFILE, ENFILE, ENOMEM, EAGAIN: no more threads).
         """
         self._lock = lock
         self._on_error = on_error
@@ -50,15 +51,19 @@ class Loop(Closing):
         self._soon: deque[Callable[[], None]] = deque()
         self._round = 0
         self._stopping = False
-        self._wake = EventFd.create(f"{name} wake")
-        try:
-            self._epoll = select.epoll()
-        except OSError as error:
-            self._wake.close()
-            raise kernel_error(error.errno or 0, "epoll_create", name) from error
-        self._epoll.register(self._wake.fileno(), select.EPOLLIN)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        with contextlib.ExitStack() as undo:
+            self._wake = undo.enter_context(EventFd.create(f"{name} wake"))
+            try:
+                self._epoll = undo.enter_context(select.epoll())
+                self._epoll.register(self._wake.fileno(), select.EPOLLIN)
+            except OSError as error:
+                raise kernel_error(error.errno or 0, "epoll_create", name) from error
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                raise kernel_error(errno.EAGAIN, "pthread_create", name) from error
+            undo.pop_all()
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Call `callback` whenever `fd` is readable, hung up or broken, until `unwatch(fd)`.

@@ -12,6 +12,7 @@ from vhostctl.abi.kvm import KVM_CAP_NR_MEMSLOTS
 from vhostctl.control.addressspace import take_back
 from vhostctl.control.memtable import GuestRegion, MemoryTable
 from vhostctl.errors import InvalidArgument, VhostctlError
+from vhostctl.vmm.steps import whole
 
 _FEWEST_SLOTS = 32  # of kernels that do not say (virt/kvm/api.rst, 4.35)
 
@@ -81,28 +82,18 @@ class KvmMemory:
             yield partial(self._create, region, slots[region])
 
     def _create(self, region: GuestRegion, slot: int) -> None:
-        try:
+        with whole(partial(self._discard, region, slot)):
             self._vm.set_memory(slot, region.gpa, region.size, region.hva)
             self._slots[region] = slot
-        except VhostctlError:
-            raise
-        except BaseException:
-            self._discard(region, slot)
-            raise
 
     def _delete(self, region: GuestRegion) -> None:
         slot = self._slots[region]
-        try:
+        with whole(partial(self._discard, region, slot)):
             self._vm.set_memory(slot, region.gpa, 0, region.hva)
             del self._slots[region]
-        except VhostctlError:
-            raise
-        except BaseException:
-            self._discard(region, slot)
-            raise
 
     def _discard(self, region: GuestRegion, slot: int) -> None:
-        """After an interrupt, when nobody knows what KVM did: make sure that it has none."""
+        """Make sure that KVM has none."""
         with suppress(VhostctlError):
             self._vm.set_memory(slot, region.gpa, 0, region.hva)
         self._slots.pop(region, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -11,6 +11,7 @@ from vhostctl.abi import pci
 from vhostctl.errors import InvalidArgument
 from vhostctl.vmm.interrupts import Msi
 from vhostctl.vmm.pcifunction import Capability
+from vhostctl.vmm.registers import U16
 
 MAX_VECTORS = pci.PCI_MSIX_FLAGS_QSIZE + 1
 
@@ -23,21 +24,22 @@ _MASKED = pci.PCI_MSIX_ENTRY_CTRL_MASKBIT
 class MsixState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The control word of the capability, and the table: 16 bytes for each vector."""
 
-    flags: int
+    flags: U16
     table: bytes
 
 
 class Msix:
     """The vectors of a function: what its BAR shows, table first, and its capability.
 
-    `changed(vector, message)` is called when what a vector sends becomes another message, or
-    None: masked, function masked, or MSI-X is off. `pending(vector)` is asked for the PBA.
+    `changed` is called with the vectors, all that one write changes at once, that send another
+    message now, or None: masked, function masked, or MSI-X is off. `pending(vector)` is asked
+    for the PBA.
     """
 
     def __init__(
         self,
         count: int,
-        changed: Callable[[int, Msi | None], None],
+        changed: Callable[[Mapping[int, Msi | None]], None],
         pending: Callable[[int], bool],
         switched: Callable[[], None] = lambda: None,
     ) -> None:
@@ -112,12 +114,14 @@ class Msix:
         quiet = (self._flags ^ pci.PCI_MSIX_FLAGS_ENABLE) & (
             pci.PCI_MSIX_FLAGS_ENABLE | pci.PCI_MSIX_FLAGS_MASKALL
         )
+        changes: dict[int, Msi | None] = {}
         for vector in vectors:
             address, data, control = _ENTRY.unpack_from(self._table, vector * _ENTRY.size)
             message = None if quiet or control & _MASKED else Msi(address, data)
             if message != self._told[vector]:
-                self._told[vector] = message
-                self._changed(vector, message)
+                self._told[vector] = changes[vector] = message
+        if changes:
+            self._changed(changes)
 
     def _byte(self, at: int) -> int:
         if at < len(self._table):

@@ -206,7 +206,7 @@ class NetDevice(Closing):
         session.kick()  # what was made available before is not rung for again
 
     def _set_control(self, features: int, rings: Sequence[Ring], base: int) -> None:
-        placement = rings[self._control_at].placement
+        placement = rings[self._control_at]
         if placement is not None and features >> virtio.VIRTIO_NET_F_CTRL_VQ & 1:
             self._control = ControlQueue(self._space, placement, features, base)
 

@@ -46,14 +46,14 @@ def handed(
 def pairs_set_up(rings: Sequence[Ring]) -> int:
     """Return of how many pairs a driver set up the rings: it need not have all (5.1.5)."""
     pairs = 1
-    while 2 * pairs < len(rings) and all(ring.placement for ring in rings[2 * pairs :][:2]):
+    while 2 * pairs < len(rings) and all(rings[2 * pairs :][:2]):
         pairs += 1
     return pairs
 
 
 def placed(rings: Sequence[Ring], queue: int) -> RingPlacement:
     """Return where ring `queue` is. Raises InvalidArgument if it is not enabled."""
-    found = rings[queue].placement
+    found = rings[queue]
     if found is None:
         raise InvalidArgument(f"queue {queue} is not enabled", hint="the driver forgot it")
     return found

@@ -64,6 +64,7 @@ class PciBus:
         """Take `function` out; nothing if it is not on this bus."""
         if function.bus is not self or function.slot is None:
             return
+        function.unplugged()
         for bar in function.bars:
             self._unmap(bar)
         self._slots[function.slot] = None

@@ -136,8 +136,15 @@ class PciFunction:
     ) -> Bar:
         """Have `device` behind BAR `index`; `wide` ones are 64 bits and take the next one too.
 
-        Raises InvalidArgument unless `size` is a power of two, at least 16 bytes (4 of I/O).
+        Raises InvalidArgument unless `size` is a power of two, at least 16 bytes (4 of I/O),
+        and for an `index` that there is not, or that another BAR has.
         """
+        registers = range(index, index + 1 + wide)
+        taken = {n for bar in self.bars for n in range(bar.index, bar.index + 1 + bar.wide)}
+        if registers.stop > pci.PCI_STD_NUM_BARS or taken.intersection(registers):
+            raise InvalidArgument(
+                f"BAR {index}", hint=f"use one of 0 to {pci.PCI_STD_NUM_BARS - 1} that is free"
+            )
         if size & (size - 1) or size < (4 if io else 16):
             raise InvalidArgument(f"BAR of {size} bytes", hint="use a power of two from 16 on")
         bar = Bar(index, size, device, io, wide)
@@ -209,6 +216,9 @@ class PciFunction:
 
     def bars_moved(self) -> None:
         """Be told that `mapped` of BARs is another one now."""
+
+    def unplugged(self) -> None:
+        """Be told that it leaves its slot now."""
 
     def command_written(self) -> None:
         """Be told that the command register is another one now."""

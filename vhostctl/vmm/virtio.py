@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from vhostctl.control.rings import RingPlacement
 from vhostctl.host.eventfd import EventFd
 
-NO_VECTOR = 0xFFFF
-"""VIRTIO_MSI_NO_VECTOR: an event that raises no interrupt."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ring:
-    """A virtqueue as the driver placed it, None while it is not enabled; `vector` is MSI-X's."""
-
-    placement: RingPlacement | None
-    vector: int = NO_VECTOR
+Ring = RingPlacement | None
+"""A virtqueue as the driver placed it; None while it is not enabled."""
 
 
 class Transport(Protocol):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import msgspec
 
-from vhostctl.abi.virtio_pci import VIRTIO_PCI_ISR_CONFIG
+from vhostctl.abi.virtio_pci import VIRTIO_MSI_NO_VECTOR, VIRTIO_PCI_ISR_CONFIG
 from vhostctl.errors import InvalidArgument, VhostctlError
 from vhostctl.host.closing import Closing
 from vhostctl.host.eventfd import EventFd
@@ -15,7 +16,7 @@ from vhostctl.vmm.interrupts import Interrupts, Msi
 from vhostctl.vmm.log import log
 from vhostctl.vmm.msix import Msix, MsixState
 from vhostctl.vmm.notifiers import GuestNotifier, Watcher
-from vhostctl.vmm.virtio import NO_VECTOR
+from vhostctl.vmm.registers import U16
 
 ISR_QUEUE = 1
 
@@ -23,7 +24,7 @@ ISR_QUEUE = 1
 class EventsState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where events go and which wait: lists are by source, each virtqueue and then config."""
 
-    vectors: tuple[int, ...]
+    vectors: tuple[U16, ...]
     pending: tuple[bool, ...]
     isr: int
     msix: MsixState
@@ -58,11 +59,15 @@ class Events(Closing):
             GuestNotifier(call, f"{label} event {n}") for n, call in enumerate(calls)
         ]
         self._gsis: dict[int, int] = {}
-        self.vectors = [NO_VECTOR] * len(self._calls)
+        self.vectors = [VIRTIO_MSI_NO_VECTOR] * len(self._calls)
         self.isr = 0
         self.intx_disabled = False
-        self.msix = Msix(len(self._calls), self._message_changed, self._pending, self._switched)
-        self._connect_all()
+        self.msix = Msix(len(self._calls), self._messages_changed, self._pending, self._switched)
+        try:
+            self._connect_all()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def config(self) -> int:
@@ -72,7 +77,7 @@ class Events(Closing):
     def assign(self, source: int, vector: int) -> None:
         """Have events of `source` go to `vector`; to none if there is no such vector."""
         before = self.vectors[source]
-        self.vectors[source] = vector if vector < self.msix.count else NO_VECTOR
+        self.vectors[source] = vector if vector < self.msix.count else VIRTIO_MSI_NO_VECTOR
         self._connect(source)
         self._release_unused(before)
 
@@ -120,7 +125,7 @@ class Events(Closing):
                 hint=f"this device has {len(self._calls)}",
             )
         self.vectors[:] = [
-            vector if vector < self.msix.count else NO_VECTOR for vector in state.vectors
+            vector if vector < self.msix.count else VIRTIO_MSI_NO_VECTOR for vector in state.vectors
         ]
         self.isr = state.isr & (ISR_QUEUE | VIRTIO_PCI_ISR_CONFIG)
         self.msix.restore(state.msix)
@@ -131,8 +136,24 @@ class Events(Closing):
         self.update_line()
 
     def _connect_all(self) -> None:
-        for source in range(len(self._notifiers)):
+        self._connect_some(range(len(self._notifiers)))
+
+    def _connect_some(self, sources: Sequence[int]) -> None:
+        messages: dict[int, Msi | None] = {}
+        for source in sources:
+            message = self.msix.message(self.vectors[source])
+            if message is not None and self._interrupts.uses_irqfd:
+                messages[self._gsi(self.vectors[source])] = message
+        # All at once; who cannot have its own is found, one by one, below.
+        with contextlib.suppress(VhostctlError):
+            self._interrupts.route_all(messages)
+        for source in sources:
             self._connect(source)
+
+    def _gsi(self, vector: int) -> int:
+        if vector not in self._gsis:
+            self._gsis[vector] = self._interrupts.allocate()
+        return self._gsis[vector]
 
     def _connect(self, source: int) -> None:
         notifier, vector = self._notifiers[source], self.vectors[source]
@@ -145,9 +166,7 @@ class Events(Closing):
             notifier.to_userspace(self._loop, partial(self._send, vector))
 
     def _to_irqfd(self, notifier: GuestNotifier, vector: int, message: Msi) -> bool:
-        if vector not in self._gsis:
-            self._gsis[vector] = self._interrupts.allocate()
-        gsi = self._gsis[vector]
+        gsi = self._gsi(vector)
         try:
             self._interrupts.route(gsi, message)
             notifier.to_irqfd(self._interrupts, gsi)
@@ -170,10 +189,9 @@ class Events(Closing):
         self.isr |= VIRTIO_PCI_ISR_CONFIG if source == self.config else ISR_QUEUE
         self.update_line()
 
-    def _message_changed(self, vector: int, message: Msi | None) -> None:  # noqa: ARG002
-        for source, its in enumerate(self.vectors):
-            if its == vector and self.msix.enabled:
-                self._connect(source)
+    def _messages_changed(self, changes: Mapping[int, Msi | None]) -> None:
+        if self.msix.enabled:
+            self._connect_some([s for s, vector in enumerate(self.vectors) if vector in changes])
 
     def _switched(self) -> None:
         self._connect_all()
@@ -189,7 +207,7 @@ class Events(Closing):
     def _forget_vectors(self) -> None:
         for notifier in self._notifiers:
             notifier.hold()
-        self.vectors[:] = [NO_VECTOR] * len(self.vectors)
+        self.vectors[:] = [VIRTIO_MSI_NO_VECTOR] * len(self.vectors)
         for vector in tuple(self._gsis):
             self._release_unused(vector)
 

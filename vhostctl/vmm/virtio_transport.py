@@ -10,12 +10,13 @@ from typing import Annotated
 import msgspec
 
 from vhostctl.abi import virtio
+from vhostctl.abi.virtio_pci import VIRTIO_MSI_NO_VECTOR
 from vhostctl.control.rings import RingPlacement
 from vhostctl.errors import InvalidArgument, VhostctlError
 from vhostctl.vmm.log import log
 from vhostctl.vmm.notifiers import HostNotifier
 from vhostctl.vmm.registers import U8, U16, U32
-from vhostctl.vmm.virtio import NO_VECTOR, Ring, VirtioDevice
+from vhostctl.vmm.virtio import Ring, VirtioDevice
 from vhostctl.vmm.virtio_events import Events
 
 FEATURE_WORDS = 4
@@ -98,12 +99,9 @@ class VirtioTransport:
     def rings(self) -> list[Ring]:
         """The virtqueues as the driver placed them."""
         return [
-            Ring(
-                RingPlacement(self.queue_size(n), queue.desc, queue.avail, queue.used)
-                if queue.enabled
-                else None,
-                self.events.vectors[n],
-            )
+            RingPlacement(self.queue_size(n), queue.desc, queue.avail, queue.used)
+            if queue.enabled
+            else None
             for n, queue in enumerate(self.state.queues)
         ]
 
@@ -141,7 +139,7 @@ class VirtioTransport:
     def vector(self) -> int:
         """Return the MSI-X vector of the virtqueue that is selected."""
         if self.selected is None:
-            return NO_VECTOR
+            return VIRTIO_MSI_NO_VECTOR
         return self.events.vectors[self.state.queue_select]
 
     def set_vector(self, vector: int) -> None:
