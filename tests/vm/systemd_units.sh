@@ -25,7 +25,7 @@ install_units() {
 
 start_systemd() {
     container=lab unshare --pid --fork --mount --mount-proc \
-        /lib/systemd/systemd --system --unit=lab.target --log-target=console >/run/systemd.log 2>&1 &
+        /lib/systemd/systemd --system --unit=lab.target --log-target=kmsg &
     tries=0
     until [ -S /run/vhostctl-broker.sock ] && [ -S /run/vhostctl/qmp.sock ]; do
         tries=$((tries + 1))
@@ -35,7 +35,8 @@ start_systemd() {
 }
 
 logs() {
-    tail -n 30 /run/systemd.log /run/*.service.log >&2
+    dmesg | tail -n 60 >&2
+    tail -n 30 /run/*.service.log >&2
 }
 
 # Capabilities and restrictions of the process that runs `vhostctl $1`.

@@ -133,7 +133,10 @@ def rx_miss(target: Target) -> None:
     rig = _running(target)
     rig.rx.offer([Part(_IOVA, 200, WRITE)])
     rig.wire.send(frame(1))
-    target.check("misses", _wait_miss(target, rig), [_miss(_IOVA, WO)])
+    # The kick and the frame wake the worker, each perhaps for itself.
+    found = _wait_miss(target, rig)
+    target.check("misses", found[:1], [_miss(_IOVA, WO)])
+    target.check("more misses", [miss for miss in found if miss != found[0]], [])
     target.check("base", rig.rx.base(), 0)
     target.check("errors", rig.rx.errors(), 0)
 
