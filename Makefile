@@ -25,6 +25,9 @@ ON_ENGINE := address_space changes dirty_log doctor gso handover iotlb load migr
 SKIPS   := --allowed-skips .ci/allowed-skips.txt
 TWO     := -n 2 --dist loadgroup
 MARKS   := not soak
+# What is long begins first, so that the two that run at a time end together.
+LONG    := $(patsubst %,tests/vm/test_%.py,vmm system conformance kmod)
+LAB_TESTS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard tests/vm/test_*.py)))
 # How much of everything, where the default is for a machine that somebody waits at.
 SOAK    := VHOSTCTL_TEST_SECONDS=60 VHOSTCTL_TEST_GSO_MIB=1024 VHOSTCTL_TEST_KILLS=200 \
 	   VHOSTCTL_VMM_SECONDS=30 VHOSTCTL_VMM_MIB=64 VHOSTCTL_TEST_LIMIT=14400
@@ -69,7 +72,7 @@ host-test: .venv/ready
 
 lab-test: .venv/ready bytecode kernels test-packages
 	VHOSTCTL_TEST_KERNELS="$(KERNELS)" \
-	$(BIN)/python -m pytest $(TWO) -m "$(MARKS)" tests/vm $(SKIPS)
+	$(BIN)/python -m pytest $(TWO) -m "$(MARKS)" $(LAB_TESTS) $(SKIPS)
 
 bench: .venv/ready bytecode kernels
 	@.ci/bench $(firstword $(KERNELS))

@@ -26,7 +26,7 @@ REASONS = {
 @pytest.fixture
 def report(kernel: Kernel) -> dict[str, Any]:
     """What tests/vm/broker_qemu.py saw."""
-    outcome = run(Machine(kernel), ["python", "-m", "tests.vm.broker_qemu"], 600)
+    outcome = run(Machine(kernel, 1), ["python", "-m", "tests.vm.broker_qemu"], 600)
     print(outcome)
     assert outcome.status == 0
     document: dict[str, Any] = json.loads(outcome.stdout)

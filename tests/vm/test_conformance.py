@@ -12,18 +12,30 @@ from vhostctl.kmod import NODE
 from vhostctl.lab.kernels import Kernel
 from vhostctl.lab.vm import Machine
 
+ON_OURS = (
+    "address_space dirty_log gso handover iotlb multiqueue negotiation notifiers peer_bugs"
+    " selftest session vmm_hostile vmm_net"
+)
+
 
 @pytest.mark.vm
 def test_the_rules_are_the_kernels(kernel: Kernel) -> None:
-    outcome = run(Machine(kernel), ["sh", "-c", f"{PYTEST} {SKIPS} tests/conformance"], LIMIT)
+    argv = ["sh", "-c", f"{PYTEST} {SKIPS} tests/conformance"]
+    outcome = run(Machine(kernel, 1), argv, LIMIT)
     print(outcome)
     assert outcome.status == 0
 
 
 @pytest.mark.vm
-def test_our_module_keeps_them(kernel: Kernel, module: Path) -> None:
-    suites = " ".join(["tests/conformance", *files("selftest changes load")])
-    script = f'vhostctl kmod load "$1" && {PYTEST} {SKIPS} --device {NODE} {suites}'
-    outcome = run(Machine(kernel), ["sh", "-c", script, "sh", str(module)], LIMIT)
+@pytest.mark.parametrize(
+    "suites",
+    [
+        pytest.param(["tests/conformance", *files("changes load")], id="rules"),
+        pytest.param(files(ON_OURS), id="sessions", marks=pytest.mark.soak),
+    ],
+)
+def test_our_module_keeps_them(kernel: Kernel, module: Path, suites: list[str]) -> None:
+    script = f'vhostctl kmod load "$1" && {PYTEST} {SKIPS} --device {NODE} {" ".join(suites)}'
+    outcome = run(Machine(kernel, 2), ["sh", "-c", script, "sh", str(module)], LIMIT)
     print(outcome)
     assert outcome.status == 0

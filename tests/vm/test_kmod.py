@@ -38,11 +38,11 @@ def built(kernel: Kernel, module: Path) -> Built:
     return Built(kernel, module)
 
 
-def in_vm(built: Built, script: str, append: str = "", seconds: float = 900) -> str:
+def in_vm(built: Built, script: str, append: str = "", cpus: int = 1) -> str:
     """Run a shell script that finds the module in $1; return its output, the log looked over."""
     log = "dmesg | sed 's/^/dmesg: /'"
     argv = ["sh", "-ec", f"dmesg -C\n{script}\n{log}", "sh", str(built.path)]
-    outcome = run(Machine(built.kernel, append=append), argv, seconds)
+    outcome = run(Machine(built.kernel, cpus, append=append), argv, 900)
     print(outcome)
     assert outcome.status == 0
     lines = outcome.stdout.splitlines()
@@ -101,7 +101,7 @@ def test_it_can_be_closed_at_work(built: Built) -> None:
         python -m tests.vm.kmod_wear opens {OPENS}
         vhostctl kmod unload
     """
-    outcome = json.loads(in_vm(built, script, append))
+    outcome = json.loads(in_vm(built, script, append, cpus=2))
     assert outcome["cycles"] == OPENS
     assert min(outcome["used"]["rx"], outcome["used"]["tx"]) > OPENS
     assert outcome["left"] == {}

@@ -44,7 +44,7 @@ def test_the_commands_that_need_a_device() -> None:
     assert len(IN_A_VM) >= 4
     examples = [f"python {example}" for example in EXAMPLES]
     lines = [bounded(command) for command in (*IN_A_VM, *examples)]
-    outcome = run(Machine(fetched("6.1")), ["sh", "-exc", "\n".join(lines)], 600)
+    outcome = run(Machine(fetched("6.1"), 1), ["sh", "-exc", "\n".join(lines)], 600)
     print(outcome)
     assert outcome.status == 0
 

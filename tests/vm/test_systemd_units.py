@@ -18,7 +18,7 @@ RESTRICTED = "CapEff {0:016x} CapBnd {0:016x} NoNewPrivs 1 Seccomp 2"  # 2: a fi
 @pytest.mark.vm
 @pytest.mark.skipif(not SYSTEMD.exists(), reason=f"no {SYSTEMD}: apt install systemd")
 def test_both_services_do_their_work_with_what_the_units_leave_them(kernel: Kernel) -> None:
-    outcome = run(Machine(kernel), ["sh", "tests/vm/systemd_units.sh"], 900)
+    outcome = run(Machine(kernel, 1), ["sh", "tests/vm/systemd_units.sh"], 900)
     print(outcome)
     assert outcome.status == 0
     user, *handed, broker, first, second, service = outcome.stdout.splitlines()
