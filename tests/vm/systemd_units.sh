@@ -10,11 +10,11 @@ install_units() {
     mkdir -p $directory /etc/vhostctl
     for unit in vhostctl.service vhostctl.socket vhostctl-broker.service vhostctl-broker.socket; do
         sed "s#/usr/bin/vhostctl#$program#" "systemd/$unit" >"$directory/$unit"
-        # Nothing of this machine's is to be started along; the checkout may lie in a home.
+        # Nothing of this machine's is to be started along; the checkout may lie in a home, or in /tmp.
         mkdir "$directory/$unit.d"
         printf '[Unit]\nDefaultDependencies=no\n' >"$directory/$unit.d/lab.conf"
         case $unit in *.service)
-            printf '[Service]\nProtectHome=no\nTimeoutStartSec=300\nStandardError=append:/run/%s.log\n' \
+            printf '[Service]\nProtectHome=no\nPrivateTmp=no\nTimeoutStartSec=300\nStandardError=append:/run/%s.log\n' \
                 "$unit" >>"$directory/$unit.d/lab.conf" ;;
         esac
     done
