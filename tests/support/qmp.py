@@ -35,6 +35,7 @@ def status_of(spec: DeviceSpec, state: Any = "running") -> DeviceStatus:
         memory=(),
         logging=False,
         busyloop=0,
+        rings=(),
         ring_errors=(0, 0),
         guest_error=None,
         traffic=TrafficStatus(0, 0, 0, 0, 0),
@@ -92,6 +93,10 @@ class FakeDevices:
     def set_pairs(self, name: str, pairs: int) -> int:
         self._called("set_pairs", name, pairs)
         return 3
+
+    def set_mtu(self, name: str, mtu: int) -> bool:
+        self._called("set_mtu", name, mtu)
+        return True
 
     def add_memory(self, name: str, region: str, size: int, gpa: int | None) -> int:
         self._called("add_memory", name, region, size, gpa)

@@ -140,11 +140,42 @@ def test_frames_wait_while_the_link_is_down(wire: Wire) -> None:
     wire.driver.pairs[0].send([bytes(60)] * 5)
     base = session.devices[0].base(TX)
     assert wire.counters().rx_packets == sent
+    waiting = session.ring_status()[TX]
+    assert (waiting.running, waiting.base, waiting.avail_index) == (False, base, base + 5)
     with pytest.raises(StateError, match="the link is down"):
         session.disable_pair(1)
     session.set_link(True)
     until(lambda: wire.counters().rx_packets >= sent + 5, "the frames that waited")
     assert session.devices[0].base(TX) == base + 5
+
+
+def test_each_ring_says_where_it_stands(wire: Wire) -> None:
+    session = wire.session
+
+    def all_used() -> bool:
+        return all(ring.used_index == ring.avail_index for ring in session.ring_status()[TX::2])
+
+    prove(wire)
+    until(all_used, "every sent buffer comes back")
+    session.mask(3)
+    session.stop_ring(0)
+    found = session.ring_status()
+    assert [ring.queue for ring in found] == [0, 1, 2, 3]
+    assert [ring.running for ring in found] == [False, True, True, True]
+    assert [ring.masked for ring in found] == [False, False, False, True]
+    for ring, queue in zip(found, session.queues, strict=True):
+        place = queue.placement
+        assert (ring.size, ring.desc, ring.avail, ring.used) == (
+            place.size,
+            place.desc,
+            place.avail,
+            place.used,
+        )
+        assert 0 < ring.used_index <= ring.base <= ring.avail_index <= ring.used_index + ring.size
+    for receive, transmit in zip(found[RX::2], found[TX::2], strict=True):
+        assert receive.base < receive.avail_index
+        assert transmit.base == transmit.avail_index
+    assert session.devices[1].base(TX) == found[3].base
 
 
 def test_a_ring_is_reset_to_another_place(device: str) -> None:
@@ -190,17 +221,15 @@ def test_the_mtu_changes_while_it_runs(device: str) -> None:
     with Wire(replace(plain, link=replace(plain.link, mtu=9000))) as wire:
         (pair,) = wire.driver.pairs
 
-        def change(mtu: int) -> None:
-            with Links() as links:
-                Plan(link_steps(links, "tap0", LinkSettings(mtu=mtu))).run()
-
         wire.in_namespace(lambda: multicast(8000))
         until(lambda: 8042 in lengths(pair), "a long frame")
-        wire.in_namespace(lambda: change(1500))
+        wire.set_mtu(1500)
         prove(wire)
         wire.in_namespace(lambda: multicast(8000))
         until(lambda: 1514 in lengths(pair), "its fragments")
-        wire.in_namespace(lambda: change(9000))
+        with pytest.raises(InvalidArgument, match="the guest's buffers are for 9000"):
+            wire.set_mtu(9001)
+        wire.set_mtu(9000)
         wire.in_namespace(lambda: multicast(8000))
         until(lambda: 8042 in lengths(pair), "a long frame again")
 

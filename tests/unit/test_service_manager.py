@@ -13,6 +13,7 @@ from typing import Any, Self
 import msgspec
 import pytest
 
+from vhostctl.control.ringstatus import RingStatus
 from vhostctl.control.states import State
 from vhostctl.errors import InvalidArgument, StateError
 from vhostctl.jobs.up import Traffic
@@ -30,6 +31,9 @@ class FakeSession(SimpleNamespace):
 
     def set_link(self, up: bool) -> None:
         self.link = up
+
+    def ring_status(self) -> list[RingStatus]:
+        return []
 
     def sync_log(self) -> list[tuple[int, int]]:
         return [(4096, 8192)]
@@ -84,6 +88,9 @@ class FakeWired:
     def set_pairs(self, pairs: int) -> int:
         self.session.enabled = tuple(pair < pairs for pair in range(2))
         return 7
+
+    def set_mtu(self, mtu: int) -> None:
+        self.mtu = mtu
 
     def add_memory(self, _name: str, _size: int, gpa: int | None) -> int:
         return gpa or 4096
@@ -211,6 +218,17 @@ def test_changes_are_told_if_they_are_some(service: Service) -> None:
     service.manager.remove_memory("demo", "dimm")
     assert service.told() == [("MEMORY_CHANGED", {"device": "demo", "region": "dimm"})] * 2
     assert service.manager.sync_log("demo") == [(4096, 8192)]
+
+
+def test_an_mtu_is_written_down_before_it_is_set(service: Service) -> None:
+    service.manager.add(DEMO)
+    assert service.manager.set_mtu("demo", 1400)
+    assert not service.manager.set_mtu("demo", 1400)
+    assert service.manager.set_mtu("demo", 1300)
+    (file,) = service.directory.iterdir()
+    journal = json.loads(file.read_bytes())
+    assert (journal["mtu"], journal["old_mtu"]) == (1300, 1400)
+    assert service.manager.query()[0].mtu == 1300
 
 
 def test_suspend_and_resume(service: Service) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 import pytest
 
 from vhostctl.errors import StateError, kernel_error
@@ -139,6 +140,14 @@ def test_what_somebody_set_since_stays(machine: Machine) -> None:
     machine.link = replace(machine.link, mtu=1450)
     journal.take_back()
     assert machine.link.mtu == 1450
+
+
+@pytest.mark.parametrize("mtu", [1400, 1350])
+def test_an_mtu_that_was_about_to_change_is_taken_back(machine: Machine, mtu: int) -> None:
+    journal = msgspec.structs.replace(Journal.of(SPEC), mtu=1350, old_mtu=1400)
+    machine.link = replace(machine.link, mtu=mtu)
+    assert journal.take_back() == ["MTU 1300 again"]
+    assert machine.link.mtu == 1300
 
 
 def test_another_tap_of_that_name_is_left_alone(machine: Machine) -> None:

@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
-from vhostctl.control import changes
+from vhostctl.control import changes, ringstatus
 from vhostctl.control.dirtylog import DirtyPages
 from vhostctl.control.multiqueue import Disabled, QueuePairs
 from vhostctl.control.plan import Observer, Plan
 from vhostctl.control.rings import RingPlacement
+from vhostctl.control.ringstatus import RingStatus
 from vhostctl.control.states import CALLS, State, check
 from vhostctl.control.wiring import Wiring
 from vhostctl.errors import InvalidArgument, StateError
@@ -50,7 +51,13 @@ class LiveSession(Closing):
 
     def ring_errors(self) -> list[int]:
         """Return how often each ring was found malformed since the last call."""
+        check(self.state, "ring_errors")
         return [queue.error.drain() for queue in self._wiring.queues]
+
+    def ring_status(self) -> list[RingStatus]:
+        """Return where every ring lies and stands, in virtqueue order. Raises KernelError."""
+        check(self.state, "ring_status")
+        return ringstatus.look(self._wiring)
 
     def set_link(self, up: bool) -> None:
         """Take the link down (no backend: frames wait where they are), or up again."""
@@ -128,6 +135,7 @@ class LiveSession(Closing):
 
     def kick(self) -> None:
         """Signal every ring's kick: what its driver rang while nobody listened is looked at."""
+        check(self.state, "kick")
         for queue in self._wiring.queues:
             queue.events["kick"].signal()
 

@@ -36,7 +36,7 @@ class LinkSettings:
 def link_steps(links: Links, name: str, settings: LinkSettings) -> Iterator[Step]:
     """Yield the steps that apply `settings` to the link `name` and bring it up."""
     if settings.mtu is not None:
-        yield _change(links, name, "mtu", settings.mtu, "MTU")
+        yield mtu_step(links, name, settings.mtu)
     if settings.bridge is not None:
         yield _change(links, name, "master", settings.bridge, "bridge")
     # Before the addresses: going down, which is undone after them, takes IPv6 ones along.
@@ -50,6 +50,11 @@ def link_steps(links: Links, name: str, settings: LinkSettings) -> Iterator[Step
             partial(_add_address, links, name, cidr, added),
             partial(_remove_address, links, name, added),
         )
+
+
+def mtu_step(links: Links, name: str, mtu: int) -> Step:
+    """Return the step that gives the link `name` another MTU, and nothing else."""
+    return _change(links, name, "mtu", mtu, "MTU")
 
 
 def _change(links: Links, name: str, field: str, value: str | int, label: str) -> Step:

@@ -10,12 +10,13 @@ from typing import Self, TypeVar
 
 from vhostctl.abi import virtio
 from vhostctl.control.features import mask
-from vhostctl.control.netsetup import LinkSettings, link_steps
+from vhostctl.control.netsetup import LinkSettings, link_steps, mtu_step
 from vhostctl.control.plan import Observer, Plan, Step
 from vhostctl.control.rings import place_rings
 from vhostctl.control.session import Session
 from vhostctl.control.states import State
 from vhostctl.control.wiring import SessionConfig
+from vhostctl.errors import InvalidArgument
 from vhostctl.guest.driver import NetDriver
 from vhostctl.host.closing import Closing
 from vhostctl.host.links import LinkCounters, Links, LinkState
@@ -65,7 +66,8 @@ class WireConfig:
 class Wire(Closing):
     """A tap, vhost-net and our driver; it runs inside a with block.
 
-    `driver` is the guest's side. `bring_up` is the seconds from nothing to running.
+    `driver` is the guest's side, `mtu` the tap's. `bring_up` is the seconds from nothing to
+    running.
     """
 
     def __init__(self, config: WireConfig, observe: Observer | None = None) -> None:
@@ -78,8 +80,10 @@ class Wire(Closing):
             config, session=replace(config.session, memory_size=config.memory_size())
         )
         self.bring_up = 0.0
+        self.mtu = config.mtu
         self.driver: NetDriver
         self.namespace: NetNamespace | None = None
+        self._mtu_changed = False
         self._stack = ExitStack()
         self._links = Links()
         self.session = Session(self.config.session, open_tap=self._open_tap, observe=observe)
@@ -114,6 +118,22 @@ class Wire(Closing):
     def link_state(self) -> LinkState:
         """Return what the tap is on the host."""
         return self.in_namespace(lambda: self._links.state(self.config.session.tap))
+
+    def set_mtu(self, mtu: int) -> None:
+        """Change the tap's MTU while frames flow; it is put back at the end.
+
+        Raises InvalidArgument beyond the MTU that the driver's buffers are for, KernelError.
+        """
+        if mtu > self.config.mtu:
+            raise InvalidArgument(
+                f"MTU {mtu}", hint=f"the guest's buffers are for {self.config.mtu}; start with more"
+            )
+        plan = Plan([mtu_step(self._links, self.config.session.tap, mtu)])
+        self.in_namespace(lambda: plan.run(self._observe))
+        self.mtu = mtu
+        if not self._mtu_changed:  # the first plan knows the MTU that was there before
+            self._mtu_changed = True
+            self._stack.callback(self.in_namespace, plan.undo)
 
     def _open_tap(self) -> Tap:
         session = self.config.session

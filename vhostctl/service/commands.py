@@ -8,7 +8,7 @@ import msgspec
 
 from vhostctl.control.snapshot import Snapshot
 from vhostctl.service.schema import Command, Nothing
-from vhostctl.service.spec import DeviceSpec, DeviceStatus
+from vhostctl.service.spec import DeviceSpec, DeviceStatus, Mtu
 
 _Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Positive = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
@@ -35,6 +35,9 @@ class Devices(Protocol):
 
     def set_pairs(self, name: str, pairs: int) -> int:
         """Enable the first `pairs` and no others; return the frames dropped."""
+
+    def set_mtu(self, name: str, mtu: int) -> bool:
+        """Change the MTU of its tap; False: it is that."""
 
     def add_memory(self, name: str, region: str, size: int, gpa: int | None) -> int:
         """Add a region of `size` bytes and return its gpa."""
@@ -90,6 +93,12 @@ class SetPairs(OfDevice, frozen=True):
     """Which device, and how many of its pairs take part: the first ones."""
 
     pairs: _Positive
+
+
+class SetMtu(OfDevice, frozen=True):
+    """Which device, and the bytes of its tap's MTU."""
+
+    mtu: Mtu
 
 
 class AddMemory(OfDevice, frozen=True):
@@ -209,6 +218,13 @@ def _change_commands(devices: Devices) -> list[Command[Any]]:
             SetPairs,
             Dropped,
             lambda a: Dropped(devices.set_pairs(a.name, a.pairs)),
+        ),
+        Command(
+            "set-mtu",
+            "Change the tap's MTU while frames flow, up to that with which the device started.",
+            SetMtu,
+            Changed,
+            lambda a: Changed(devices.set_mtu(a.name, a.mtu)),
         ),
         Command(
             "memory-add",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from vhostctl.abi import virtio
+from vhostctl.control.ringstatus import RingStatus
 from vhostctl.control.session import Session
 from vhostctl.control.snapshot import Snapshot
 from vhostctl.control.states import State
@@ -41,8 +42,12 @@ class Wired(Up):
 
     @property
     def mtu(self) -> int:
-        """Bytes of IP in the longest frame."""
-        return self._wire.config.mtu
+        """The tap's, as it was set last."""
+        return self._wire.mtu
+
+    def set_mtu(self, mtu: int) -> None:
+        """Change the tap's MTU, until it is taken down."""
+        self._wire.set_mtu(mtu)
 
     def guest_error(self) -> BaseException | None:
         """Return what ended a guest's loop; None while all of them run."""
@@ -199,6 +204,16 @@ class Device(Closing):
         if wired.snapshot is not None:
             wired.resume()
 
+    def set_mtu(self, mtu: int) -> bool:
+        """Change the tap's MTU until the device stops; False if it is that."""
+        wired = self.wired("set-mtu")
+        if self._journal is None or wired.mtu == mtu:
+            return False
+        self._journal = msgspec.structs.replace(self._journal, mtu=mtu, old_mtu=wired.mtu)
+        self._directory.write(self._journal)
+        wired.set_mtu(mtu)
+        return True
+
     def new_ring_errors(self) -> dict[int, int]:
         """Return how many errors each queue had since the last call, if it had any."""
         if self._wired is None:
@@ -233,6 +248,7 @@ class Device(Closing):
             memory=() if session is None else _memory(session),
             logging=session is not None and session.logging,
             busyloop=self.spec.busyloop if session is None else session.busyloop,
+            rings=() if session is None else _rings(session),
             ring_errors=() if wired is None else tuple(wired.ring_errors()),
             guest_error=self.guest_error(),
             traffic=TrafficStatus(0, 0, 0, 0, 0) if wired is None else _traffic(wired),
@@ -246,6 +262,12 @@ class Device(Closing):
 
 def _memory(session: Session) -> tuple[MemoryStatus, ...]:
     return tuple(MemoryStatus(r.name, r.gpa, r.size) for r in session.memory.regions)
+
+
+def _rings(session: Session) -> tuple[RingStatus, ...]:
+    if session.state is State.FAILED:
+        return ()
+    return tuple(session.ring_status())
 
 
 def _traffic(wired: Wired) -> TrafficStatus:

@@ -112,6 +112,11 @@ class Manager(Closing):
                 if now != before:
                     self._emit("PAIRS_CHANGED", {"device": name, "pairs": sum(now)})
 
+    def set_mtu(self, name: str, mtu: int) -> bool:
+        """Change the MTU of a device's tap while frames flow; False if it is that."""
+        with self._lock:
+            return self._find(name).set_mtu(mtu)
+
     def add_memory(self, name: str, region: str, size: int, gpa: int | None) -> int:
         """Give the guest a region of `size` bytes more; return its guest physical address.
 

@@ -11,6 +11,7 @@ from vhostctl.abi import virtio
 from vhostctl.control.features import Policy, mask
 from vhostctl.control.netsetup import LinkSettings, parse_mac
 from vhostctl.control.rings import check_size
+from vhostctl.control.ringstatus import RingStatus
 from vhostctl.control.wiring import SessionConfig
 from vhostctl.errors import InvalidArgument
 from vhostctl.host.vhost import DEFAULT_PATH
@@ -19,6 +20,9 @@ from vhostctl.jobs.wire import WireConfig
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$(?!\n)")]
 """A device's name: it names files too."""
+
+Mtu = Annotated[int, msgspec.Meta(ge=68, le=65521)]
+"""Bytes of IP that a tap may have in a frame."""
 
 TapName = Annotated[str, msgspec.Meta(pattern=r"^[^\s/%:]{1,15}$(?!\n)")]
 
@@ -53,7 +57,7 @@ class DeviceSpec(
     queue_size: Annotated[int, msgspec.Meta(ge=1, le=32768)] = 256
     guest: str = "echo"
     addresses: tuple[str, ...] = ()
-    mtu: Annotated[int, msgspec.Meta(ge=68, le=65521)] | None = None
+    mtu: Mtu | None = None
     bridge: str | None = None
     mac: str | None = None
     require: tuple[str, ...] = ()
@@ -139,8 +143,9 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """What a device of the service is.
 
     `state` is ``running``, ``stopped``, ``suspended`` or ``failed``, `enabled` the pairs that
-    take part, `created` whether the tap was made for it, `ring_errors` how often each ring
-    (virtqueue order) was found malformed, `guest_error` what ended the guest, if it ended.
+    take part, `created` whether the tap was made for it, `rings` where each ring stands (none
+    where nobody can tell), `ring_errors` how often each was found malformed, both in virtqueue
+    order, `guest_error` what ended the guest, if it ended.
     """
 
     name: str
@@ -156,6 +161,7 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     memory: tuple[MemoryStatus, ...]
     logging: bool
     busyloop: int
+    rings: tuple[RingStatus, ...]
     ring_errors: tuple[int, ...]
     guest_error: str | None
     traffic: TrafficStatus

@@ -62,7 +62,7 @@ class TapBefore(msgspec.Struct, frozen=True):
 class Journal(msgspec.Struct, frozen=True):
     """What a device is about to change: `addresses` and what else it sets, and what was before.
 
-    `before` is None for a tap that is made for it.
+    `before` is None for a tap that is made for it, `old_mtu` the MTU that `mtu` takes the place of.
     """
 
     device: str
@@ -71,6 +71,7 @@ class Journal(msgspec.Struct, frozen=True):
     mtu: int | None = None
     bridge: str | None = None
     before: TapBefore | None = None
+    old_mtu: int | None = None
 
     @classmethod
     def of(cls, spec: DeviceSpec) -> Journal:
@@ -119,7 +120,7 @@ class Journal(msgspec.Struct, frozen=True):
         if self.bridge is not None and now.master != before.master:
             links.change(self.tap, master=before.master)
             yield f"bridge {self.bridge} left"
-        if now.mtu == self.mtu != before.mtu:
+        if now.mtu in (self.mtu, self.old_mtu) and now.mtu != before.mtu:
             links.change(self.tap, mtu=before.mtu)
             yield f"MTU {before.mtu} again"
 
@@ -195,6 +196,8 @@ class StateDirectory(Closing):
             if owner.socket is not None and _is_stale(Path(owner.socket)):
                 Path(owner.socket).unlink(missing_ok=True)
                 done.append(f"socket {owner.socket} removed")
+            # Who comes next, if this is killed too, has to wait for its descriptors.
+            self._announce(owner.socket)
         for file in sorted(self.path.glob(_DEVICES)):
             done += _take_back(file)
             file.unlink(missing_ok=True)
@@ -204,7 +207,9 @@ class StateDirectory(Closing):
 
     def announce(self, listening: Path | None) -> None:
         """Write down who has the directory and where its socket is, before that is made."""
-        where = None if listening is None else str(listening.absolute())
+        self._announce(None if listening is None else str(listening.absolute()))
+
+    def _announce(self, where: str | None) -> None:
         self._write(_SERVICE, _Owner(os.getpid(), _stat(_SELF)[_STARTED], where))
 
     def write(self, journal: Journal) -> None:
