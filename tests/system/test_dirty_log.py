@@ -7,16 +7,15 @@ import mmap
 import socket
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 
 import pytest
 
 from tests.support.flow import Flow
-from tests.support.precopy import PAGE, Precopy
+from tests.support.load import Load
+from tests.support.precopy import PAGE, Layout, Precopy, completed, region
 from tests.system.conftest import until
 from vhostctl.abi.vhost import VHOST_F_LOG_ALL
 from vhostctl.control.dirtylog import DirtyLog, DirtyPages
-from vhostctl.control.memtable import GuestRegion
 from vhostctl.control.netsetup import LinkSettings, link_steps
 from vhostctl.control.plan import Plan
 from vhostctl.control.session import Session
@@ -48,52 +47,12 @@ def wire(device: str) -> Iterator[Wire]:
         yield wire
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Whose pages the first pair's are; each is (gpa, bytes), whole pages.
-
-    With mergeable buffers a receive chain is one buffer, so that the driver writes nothing
-    into the receive arena and descriptors lie in none.
-    """
-
-    used: list[GuestRegion]
-    receive: GuestRegion
-    driver: list[GuestRegion]
-
-    @classmethod
-    def of(cls, wire: Wire) -> Layout:
-        session = wire.session
-        rings = [queue.placement.parts() for queue in session.devices[0].queues]
-        start = session.arena[0]
-        arena = NetDriver.arena_size(
-            [SIZE], session.features, wire.config.buffer_size, wire.config.mtu + ETHERNET_HEADER
-        )
-        # A round to 64 bytes is in that size. The page where one arena ends and the next begins
-        # is nobody's.
-        end = (start + arena - 63) & -PAGE
-        return cls(
-            [region(*ring["used"]) for ring in rings],
-            region(start, end - start),
-            [region(*ring[part]) for ring in rings for part in ("desc", "avail")]
-            + [region(end + PAGE, sum(session.arena) - end - PAGE)],
-        )
-
-    def device_pages(self) -> list[int]:
-        """The pages that nobody but the device writes."""
-        return [
-            gpa
-            for part in (*self.used, self.receive)
-            for gpa in range(part.gpa, part.gpa + part.size, PAGE)
-        ]
-
-
-def region(gpa: int, length: int) -> GuestRegion:
-    start, end = gpa & -PAGE, (gpa + length + PAGE - 1) & -PAGE
-    return GuestRegion(start, end - start, 0)
+def layout_of(wire: Wire) -> Layout:
+    return Layout.of(wire.session, wire.config.buffer_size, wire.config.mtu + ETHERNET_HEADER)
 
 
 def test_used_rings_and_received_frames_are_logged_and_nothing_else(wire: Wire) -> None:
-    layout = Layout.of(wire)
+    layout = layout_of(wire)
     with (
         Flow(wire) as flow,
         EventFd.create("log") as event,
@@ -114,7 +73,7 @@ def test_used_rings_and_received_frames_are_logged_and_nothing_else(wire: Wire) 
 def test_translated_writes_are_logged_by_guest_address(device: str) -> None:
     config = wire_config(SessionConfig(device=device, queue_size=SIZE, translating=True))
     with Wire(config) as wire:
-        layout = Layout.of(wire)
+        layout = layout_of(wire)
         wire.session.start_log()
         with Flow(wire) as flow:
             flow.go_on(2)
@@ -231,26 +190,23 @@ class NoLog:
 
 
 @pytest.mark.parametrize("logged", [True, False], ids=["log", "no-log"])
-def test_a_copy_under_traffic_is_completed_from_the_log(wire: Wire, logged: bool) -> None:
-    session = wire.session
-    table = session.memory.table
-    pages = Layout.of(wire).device_pages()
-    with Flow(wire) as flow, DirtyLog(session.devices, table) as log:
-        log.start()
-        copy = Precopy(table, log if logged else NoLog())
-        copied: list[int] = []
-        goal = flow.windows + 30
-        while flow.windows < goal:
-            flow.go_on(len(copied) % 2)  # one round at a guess, the next on its heels
-            copied.append(copy.round())
-        bases = session.stop()  # in the middle of a window
-        copied.append(copy.finish())
-        wrong = copy.differences(pages)
-        log.close()
-        session.start(bases)
-        session.kick()  # the driver's kicks may have gone unheard
-        flow.go_on(5)
-        assert flow.end() == []
+def test_a_copy_under_traffic_is_completed_from_the_log(
+    namespace: NetNamespace, device: str, logged: bool
+) -> None:
+    with Load(namespace, device, queues=1, queue_size=SIZE) as load:
+        table = load.session.memory.table
+        with DirtyLog(load.session.devices, table) as log:
+            log.start()
+            copy = Precopy(table, log if logged else NoLog())
+            copied = []
+            for turn in range(12):
+                if turn % 2:  # one round at a guess, the next on its heels
+                    load.flow()
+                copied.append(copy.round())
+            pages, wrong = completed(load, copy)
+        load.flow()
+        assert load.problems(load.balance()) == []
+    copied.append(pages)
     if logged:
         assert wrong == []
         assert sum(copied) > SIZE // 16
