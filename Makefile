@@ -18,10 +18,10 @@ BIN     := .venv/bin
 NATIVE  := $(wildcard vhostctl/guest/src/*.[ch] kmod/core/*.[ch] kmod/user/*.[ch]) \
 	   $(wildcard vhostctl/*/native.cdef vhostctl/*/build.py)
 
-# What of tests/system needs a vhost-net and no node; counted costs are for the lab.
-ON_ENGINE := address_space changes dirty_log doctor gso handover iotlb load migrate multiqueue \
-	     kvm kvm_notifiers negotiation notifiers peer_bugs selftest service service_qmp session \
-	     vmm_hostile vmm_net vmm_run vmm_suspend workers
+# What of tests/system needs a vhost-net and no node.
+ON_ENGINE := address_space changes dirty_log doctor gso handover iotlb load many migrate \
+	     multiqueue kvm kvm_notifiers negotiation notifiers peer_bugs selftest service \
+	     service_qmp session vmm_hostile vmm_net vmm_run vmm_suspend vmm_wild workers
 SKIPS   := --allowed-skips .ci/allowed-skips.txt
 TWO     := -n 2 --dist loadgroup
 MARKS   := not soak
@@ -29,7 +29,8 @@ MARKS   := not soak
 LONG    := $(patsubst %,tests/vm/test_%.py,vmm system conformance kmod)
 LAB_TESTS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard tests/vm/test_*.py)))
 # How much of everything, where the default is for a machine that somebody waits at.
-SOAK    := VHOSTCTL_TEST_SECONDS=60 VHOSTCTL_TEST_GSO_MIB=1024 VHOSTCTL_TEST_KILLS=200 \
+SOAK    := VHOSTCTL_TEST_SECONDS=60 VHOSTCTL_TEST_GSO_MIB=1024 VHOSTCTL_TEST_GSO_SETS=244 \
+	   VHOSTCTL_TEST_KILLS=200 \
 	   VHOSTCTL_VMM_SECONDS=30 VHOSTCTL_VMM_MIB=64 VHOSTCTL_TEST_LIMIT=14400
 
 .DELETE_ON_ERROR:

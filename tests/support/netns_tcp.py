@@ -199,22 +199,3 @@ def tcp(first: Host, second: Host, family: Family, size: int) -> None:
                 got = [pool.submit(_receive, end) for end in (far, near)]
                 for out, arrived in zip(sent, got, strict=True):
                     assert arrived.result() == (size, out.result())
-
-
-def udp(first: Host, second: Host, family: Family, *, segments: bool) -> None:
-    """Send datagrams each way; `segments`: many with one call, for the device to cut."""
-    for source, target in ((first, second), (second, first)):
-        with (
-            source.socket(family, socket.SOCK_DGRAM) as out,
-            target.socket(family, socket.SOCK_DGRAM) as into,
-        ):
-            out.connect(into.getsockname())
-            if segments:
-                out.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 1000)
-                parts = [PATTERN[at : at + 1000] for at in range(40)]
-                out.send(b"".join(parts))
-            else:
-                parts = [PATTERN[size : 2 * size] for size in range(1, source.mtu - 48, 37)]
-                for part in parts:
-                    out.send(part)
-            assert [into.recv(65536) for _ in parts] == parts

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from vhostctl.abi import pci
 from vhostctl.abi.virtio_pci import virtio_pci_common_cfg as common
@@ -13,6 +14,7 @@ from vhostctl.control import access
 from vhostctl.control.rings import RingPlacement
 from vhostctl.host.memory import PAGE
 from vhostctl.vmm import layout
+from vhostctl.vmm.bus import Bus
 from vhostctl.vmm.machine import Machine
 from vhostctl.vmm.virtio_pci import LEGACY_BAR, MODERN_BAR, MSIX_BAR, VirtioPci
 
@@ -21,16 +23,17 @@ BARS = (LEGACY_BAR, MSIX_BAR, MODERN_BAR)
 COMMON, ISR, CONFIG, NOTIFY = (PAGE * page for page in range(4))
 
 
-class GuestCpu:
-    """The accesses of a vCPU, handed to the buses as `CpuThread` does; each is an operation."""
+class Cpu(abc.ABC):
+    """The accesses of a vCPU; each is an operation.
 
-    def __init__(self, machine: Machine, function: VirtioPci) -> None:
-        assert function.slot is not None
-        self.machine = machine
-        self.slot = function.slot
+    `slot` is where the card is, `lock` is held for what is done to the machine from outside.
+    """
+
+    def __init__(self, slot: int, lock: AbstractContextManager[object]) -> None:
+        self.slot = slot
+        self.lock = lock
         self.operations = 0
-        self.slowest = 0.0
-        self._last: deque[str] = deque(maxlen=24)
+        self.last: deque[tuple[str, int, object, int]] = deque(maxlen=24)
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
@@ -39,30 +42,28 @@ class GuestCpu:
             yield
         except BaseException as error:
             error.add_note(f"{what}, operation {self.operations}, behind:")
-            error.add_note("\n".join(self._last))
+            error.add_note("\n".join(_text(*access) for access in self.last))
             raise
 
+    @abc.abstractmethod
     def out(self, port: int, value: int, width: int) -> None:
         """Write to an I/O port."""
-        self._write(self.machine.ports.write, "out", port, value, width)
 
+    @abc.abstractmethod
     def port(self, port: int, width: int) -> int:
         """Read an I/O port."""
-        return self._read(self.machine.ports.read, "in", port, width)
 
+    @abc.abstractmethod
     def store(self, address: int, value: int, width: int) -> None:
         """Write where there is no RAM."""
-        self._write(self.machine.mmio.write, "store", address, value, width)
 
+    @abc.abstractmethod
     def load(self, address: int, width: int) -> int:
         """Read where there is no RAM."""
-        return self._read(self.machine.mmio.read, "load", address, width)
 
+    @abc.abstractmethod
     def poke(self, gpa: int, data: bytes) -> None:
         """Write RAM, as far as there is any."""
-        with self._access(f"poke {gpa:#x} {data[:64].hex()}"):
-            part = data[: max(0, RAM - gpa)]
-            access.write(self.machine.space, min(gpa, RAM), part)
 
     def configure(self, register: int, value: int, width: int = 4, slot: int | None = None) -> None:
         """Write a register of configuration space."""
@@ -96,33 +97,67 @@ class GuestCpu:
         self.out(layout.PCI_CONFIG_PORTS.start, address, 4)
         return layout.PCI_CONFIG_PORTS.start + 4 + register % 4
 
-    def _write(
-        self, write: Callable[[int, bytes], None], what: str, at: int, value: int, width: int
-    ) -> None:
-        value &= (1 << 8 * width) - 1
-        with self._access(f"{what} {at:#x} {value:#x} width {width}"):
-            write(at, value.to_bytes(width, "little"))
 
-    def _read(self, read: Callable[[int, int], bytes], what: str, at: int, width: int) -> int:
-        with self._access(f"{what} {at:#x} width {width}"):
-            data = read(at, width)
+class GuestCpu(Cpu):
+    """Hands them to the buses of a machine as `CpuThread` does."""
+
+    def __init__(self, machine: Machine, function: VirtioPci) -> None:
+        assert function.slot is not None
+        super().__init__(function.slot, machine.lock)
+        self.machine = machine
+        self.slowest = 0.0
+
+    def out(self, port: int, value: int, width: int) -> None:
+        self._write(self.machine.ports, "out", port, value, width)
+
+    def port(self, port: int, width: int) -> int:
+        return self._read(self.machine.ports, "in", port, width)
+
+    def store(self, address: int, value: int, width: int) -> None:
+        self._write(self.machine.mmio, "store", address, value, width)
+
+    def load(self, address: int, width: int) -> int:
+        return self._read(self.machine.mmio, "load", address, width)
+
+    def poke(self, gpa: int, data: bytes) -> None:
+        began = self._begin("poke", gpa, data[:64].hex(), len(data))
+        with self.lock:
+            access.write(self.machine.space, min(gpa, RAM), data[: max(0, RAM - gpa)])
+        self._end(began)
+
+    def _write(self, bus: Bus, what: str, at: int, value: int, width: int) -> None:
+        value &= (1 << 8 * width) - 1
+        began = self._begin(what, at, value, width)
+        with self.lock:
+            bus.write(at, value.to_bytes(width, "little"))
+        self._end(began)
+
+    def _read(self, bus: Bus, what: str, at: int, width: int) -> int:
+        began = self._begin(what, at, "", width)
+        with self.lock:
+            data = bus.read(at, width)
+        self._end(began)
         assert len(data) == width
         return int.from_bytes(data, "little")
 
-    @contextmanager
-    def _access(self, what: str) -> Iterator[None]:
+    def _begin(self, what: str, at: int, value: object, width: int) -> float:
         self.operations += 1
-        self._last.append(what)
-        began = time.monotonic()
-        with self.machine.lock:
-            yield
+        self.last.append((what, at, value, width))
+        return time.monotonic()
+
+    def _end(self, began: float) -> None:
         self.slowest = max(self.slowest, time.monotonic() - began)
+
+
+def _text(what: str, at: int, value: object, width: int) -> str:
+    shown = f"{value:#x}" if isinstance(value, int) else value
+    return f"{what} {at:#x} {shown} width {width}"
 
 
 class Driver:
     """A driver of the card by `cpu` that may place rings and give features as it likes."""
 
-    def __init__(self, cpu: GuestCpu) -> None:
+    def __init__(self, cpu: Cpu) -> None:
         self.cpu = cpu
         self.homes = {index: cpu.bar(index) for index in BARS}
         self.capabilities = cpu.capabilities()

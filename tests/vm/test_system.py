@@ -25,7 +25,7 @@ SUITES = {
     "users": "broker doctor",
     "service": "service service_qmp",
     "machines": "kvm kvm_notifiers vmm_hostile vmm_net vmm_suspend",
-    "vmm": "vmm_run",
+    "vmm": "vmm_run vmm_wild",
 }
 # A command of a service starts an interpreter, which takes seconds there; CI has the engine.
 LONG = ["service", "vmm"]
