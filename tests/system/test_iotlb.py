@@ -154,18 +154,19 @@ def test_more_mappings_than_the_iotlb_holds(device: str) -> None:
         Translated(device, size=size, buffer_size=8192, mapped=PAGE) as rig,
         Traffic(rig) as traffic,
     ):
-        before, after = 0, 0
-        for turn in range(3):
+        held: list[int] = []
+        for turn in range(4):
             asked = rig.iotlb.counters().misses
             for _ in range(size // WINDOW):  # every receive buffer once
                 traffic.exchange()
             if turn:
                 assert rig.iotlb.counters().misses - asked >= entries
-                before, after = before or anonymous(), anonymous()
+                held.append(anonymous())
         assert traffic.problems() == NOTHING
         seen = rig.iotlb.counters()
         assert (seen.answered, seen.unanswered, rig.ring_errors()) == (seen.misses, 0, 0)
-        assert after - before < 1 << 20
+        # What is touched for the first time may come late; what is kept for a miss comes each turn.
+        assert min(after - before for before, after in itertools.pairwise(held)) < 64 << 10, held
 
 
 def test_a_loop_of_ones_own_handles_the_misses(device: str) -> None:
