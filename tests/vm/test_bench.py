@@ -35,7 +35,7 @@ def test_a_frame_costs_at_most_what_it_should() -> None:
 
 
 @pytest.mark.vm
-@pytest.mark.parametrize("size", [64, 1500])
+@pytest.mark.parametrize("size", [64, pytest.param(1500, marks=pytest.mark.soak)])
 def test_our_worker_costs_no_more_than_the_kernels(modules: Path, size: int) -> None:
     kernel = fetched("6.1")
     bench = f"vhostctl bench --seconds 0.5 --frame {size} --json --device"

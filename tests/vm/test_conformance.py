@@ -28,14 +28,15 @@ def test_the_rules_are_the_kernels(kernel: Kernel) -> None:
 
 @pytest.mark.vm
 @pytest.mark.parametrize(
-    "suites",
+    ("suites", "cpus"),
     [
-        pytest.param(["tests/conformance", *files("changes load")], id="rules"),
-        pytest.param(files(ON_OURS), id="sessions", marks=pytest.mark.soak),
+        pytest.param(["tests/conformance"], 1, id="rules"),
+        pytest.param(files("changes load"), 2, id="load"),
+        pytest.param(files(ON_OURS), 1, id="sessions", marks=pytest.mark.soak),
     ],
 )
-def test_our_module_keeps_them(kernel: Kernel, module: Path, suites: list[str]) -> None:
+def test_our_module_keeps_them(kernel: Kernel, module: Path, suites: list[str], cpus: int) -> None:
     script = f'vhostctl kmod load "$1" && {PYTEST} {SKIPS} --device {NODE} {" ".join(suites)}'
-    outcome = run(Machine(kernel, 2), ["sh", "-c", script, "sh", str(module)], LIMIT)
+    outcome = run(Machine(kernel, cpus), ["sh", "-c", script, "sh", str(module)], LIMIT)
     print(outcome)
     assert outcome.status == 0

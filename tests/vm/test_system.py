@@ -16,12 +16,11 @@ SKIPS = "--allowed-skips /dev/null"  # a lab's kernel has everything
 
 # A VM for each, so that two of them share the machine.
 SUITES = {
-    "sessions": "changes handover migrate negotiation peer_bugs session tap_queue vhost_requests"
-    " workers",
+    "sessions": "changes handover migrate negotiation peer_bugs session tap_queue vhost_requests",
     "commands": "missing run up",
     "selftest": "selftest",
     "memory": "address_space dirty_log iotlb",
-    "traffic": "gso load multiqueue notifiers",
+    "traffic": "gso load multiqueue notifiers workers",
     "users": "broker doctor",
     "service": "service service_qmp",
     "machines": "kvm kvm_notifiers vmm_hostile vmm_net vmm_suspend",
@@ -32,7 +31,7 @@ LONG = ["service", "vmm"]
 # A second CPU costs half as much again under the emulator, so it is for those that race with the
 # kernel. Those with KVM must not have it: what patches the code of a kernel for the first VM and
 # the last races there, and Linux 6.12 and 7.2 panic now and then, and so do their guests.
-TWO_CPUS = ["sessions", "traffic"]
+TWO_CPUS = ["traffic"]
 WITH_KVM = ["machines", "vmm"]
 COUNTED = "many"  # its figures are instructions
 
