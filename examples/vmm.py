@@ -6,6 +6,7 @@ Usage: python examples/vmm.py BZIMAGE INITRD TAP [DEVICE]
 import queue
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,12 @@ from vhostctl.vmm.pci import PciBus
 from vhostctl.vmm.platform import Platform
 from vhostctl.vmm.serial import Serial
 from vhostctl.vmm.virtio_pci import VirtioPci
+
+
+def under(lock: threading.RLock, close: Callable[[], None]) -> None:
+    """Close a device model, which the loop may be about to call."""
+    with lock:
+        close()
 
 
 def main(kernel: str, initrd: str, tap_name: str, device: str = "/dev/vhost-net") -> None:
@@ -62,13 +69,14 @@ def main(kernel: str, initrd: str, tap_name: str, device: str = "/dev/vhost-net"
         Platform(ports, partial(ended.put, "power off"), partial(ended.put, "reset"))
         pci = PciBus(ports, mmio)
         nic = enter(NetDevice(space, tap, [vhost], NetConfig("02:00:00:00:00:02")))
-        function = enter(VirtioPci(nic, interrupts, doorbells, loop))
+        function = VirtioPci(nic, interrupts, doorbells, loop)
+        stack.callback(under, lock, function.close)
         pci.add(function)
 
         # One processor, which begins where Linux does.
         vcpu = enter(vm.create_vcpu(0))
         vcpu.set_cpuid(guest_cpuid(kvm.supported_cpuid(), 0, 1))
-        line = "console=ttyS0 pci=noearly vhostctl.ip=192.0.2.2/24"
+        line = "console=ttyS0 quiet pci=noearly vhostctl.ip=192.0.2.2/24"
         boot.load(space, Path(kernel), Path(initrd), line, 1).apply(vcpu)
         cpu = CpuThread(vcpu, ports, mmio, lock, ended.put)
         stack.callback(cpu.stop)

@@ -15,11 +15,13 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from vhostctl.host.worker import cpu_ns
 from vhostctl.jobs import hosttraffic
@@ -131,12 +133,24 @@ def exchange(size: int) -> dict[str, str]:
     return {"sent": hashlib.sha256(data).hexdigest(), "guest": guest, "returned": back}
 
 
+def each_second(outcome: dict[str, Any]) -> list[int]:
+    """Return the bytes of each second where they arrived: a sender's buffer hides a stall.
+
+    The guest has that list if it runs iperf3 with -J. What is left over at the end is no second.
+    """
+    for side in (outcome, outcome.get("server_output_json", {})):
+        sums = [interval["sum"] for interval in side.get("intervals", [])]
+        if sums and not sums[0]["sender"]:
+            return [one["bytes"] for one in sums if one["seconds"] > 0.5]
+    return []
+
+
 def iperf(queues: int, seconds: int, *options: str) -> list[dict[str, object]]:
-    """Run an iperf3 against each of the guest's at the same time; return their `end` sums."""
+    """Run an iperf3 against each of the guest's at the same time; return what each carried."""
 
     def client(pair: int) -> dict[str, object]:
         argv = ["iperf3", "-J", "-c", GUEST, "-p", str(IPERF + pair), "-t", str(seconds)]
-        argv += ["-P", str(queues), *options]
+        argv += ["-P", str(queues), "--get-server-output", *options]
         done = subprocess.run(
             argv, capture_output=True, text=True, check=False, timeout=seconds + ANSWER
         )
@@ -147,6 +161,7 @@ def iperf(queues: int, seconds: int, *options: str) -> list[dict[str, object]]:
             "error": outcome.get("error"),
             "sent": sent.get("bytes", 0),
             "received": got.get("bytes", 0),
+            "each_second": each_second(outcome),
             "seconds": got.get("seconds", 0),
             "retransmits": sent.get("retransmits"),
         }
@@ -186,6 +201,36 @@ def mirror_rings() -> dict[str, dict[str, int]]:
     return rings
 
 
+@contextmanager
+def datagrams() -> Iterator[None]:
+    """Send to the guest all the time, from many ports, so that each of its queues has some."""
+    stop = threading.Event()
+
+    def send() -> None:
+        while not stop.wait(0.005):
+            for sock in sockets:
+                with suppress(OSError):  # the guest says that nobody listens
+                    sock.sendto(bytes(1000), (GUEST, 9))
+
+    with ExitStack() as stack:
+        sockets = [
+            stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(16)
+        ]
+        thread = threading.Thread(target=send)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(stop.set)
+        yield
+
+
+def busy(pid: int) -> list[int]:
+    """Return how long each worker of a QEMU was busy in a second of traffic, as we tell it."""
+    argv = [sys.executable, "-m", "vhostctl", "workers", "--json", "--pid", str(pid)]
+    with datagrams():
+        said = subprocess.run([*argv, "--interval", "1"], stdout=subprocess.PIPE, check=True).stdout
+    return [worker["interval_cpu_ns"] for worker in json.loads(said)["workers"]]
+
+
 def traffic(arguments: argparse.Namespace) -> dict[str, object]:
     """Boot the guest, talk to it, and return what came of it."""
     began = time.monotonic()
@@ -197,6 +242,7 @@ def traffic(arguments: argparse.Namespace) -> dict[str, object]:
         into = iperf(arguments.queues, arguments.seconds)
         out_of = iperf(arguments.queues, arguments.seconds, "-R")
         after = workers()
+        looked = busy(qemu.pid)
         errors, rings = link_errors(), mirror_rings()
         descriptors = [entry.readlink() for entry in Path(f"/proc/{qemu.pid}/fd").iterdir()]
     return {
@@ -210,6 +256,7 @@ def traffic(arguments: argparse.Namespace) -> dict[str, object]:
         "out_of": out_of,
         "link_errors": errors,
         "rings": rings,
+        "busy_ns": looked,
         "workers_ms": sorted((after[tid] - before[tid]) // 10**6 for tid in before),
     }
 

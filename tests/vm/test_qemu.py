@@ -172,7 +172,8 @@ def through_guest(
         assert (sums["status"], sums["error"]) == (0, None)
         assert min(sums["sent"], sums["received"]) > 0
     assert report["link_errors"] == []
-    assert len(report["workers_ms"]) == queues
+    assert len(report["workers_ms"]) == len(report["busy_ns"]) == queues
+    assert min(report["busy_ns"]) > 0
     assert 20 * min(report["workers_ms"]) > max(report["workers_ms"])  # each did its part
     assert report["trouble"] == []
     return cast(dict[str, Any], report)

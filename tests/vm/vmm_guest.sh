@@ -10,6 +10,7 @@ listeners() {
 # An iperf3 for each queue pair, on a CPU of its own, which is what the driver chooses by. One
 # ends over a client that it lost, and says so.
 serve() {
+	echo 1 >/proc/sys/net/ipv4/tcp_no_metrics_save
 	printf '#!/bin/sh\ntee /tmp/file | sha256sum\n' >/bin/receive
 	chmod +x /bin/receive
 	nc -ll -p $receiver -e /bin/receive &
@@ -19,11 +20,11 @@ serve() {
 	pair=0
 	while [ -d $net/queues/tx-$pair ]; do
 		while :; do
-			taskset $((1 << pair)) iperf3 -s -p $((iperf + pair)) 2>>/tmp/iperf3
+			taskset $((1 << pair)) iperf3 -s -J -p $((iperf + pair)) | grep '"error"' >>/tmp/iperf3
 		done &
 		pair=$((pair + 1))
 	done
-	until [ "$(listeners)" = $((pair + 4)) ]; do sleep 1; done
+	until [ "$(listeners)" = $((pair + 4)) ]; do usleep 100000; done
 }
 
 # Where the MSI-X capability (11) is in the configuration space $1.
@@ -83,7 +84,8 @@ mask)
 	;;
 unmask)
 	rm /tmp/mask
-	until [ -e /tmp/rounds ]; do sleep 1; done
+	until [ -e /tmp/rounds ]; do usleep 100000; done
 	cat /tmp/rounds
+	rm /tmp/rounds
 	;;
 esac

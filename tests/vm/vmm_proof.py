@@ -13,43 +13,45 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Self
 
 from tests.vm.tcp_qemu import (
     ANSWER,
-    GUEST,
     TROUBLE,
     exchange,
-    iperf,
     link_errors,
     load_kvm,
     loaded,
     mirror_rings,
 )
-from tests.vm.vmm_machine import HOST, TAP, Guest, booted, make_tap, resumed, until
+from tests.vm.vmm_machine import Guest, booted, make_tap, resumed
+from tests.vm.vmm_traffic import (
+    GUEST_SCRIPT,
+    Conversation,
+    announcement,
+    from_guest,
+    from_host,
+    interrupts,
+    looked_at,
+    pings,
+    streams,
+    watched,
+)
 from vhostctl.host.vhost import DEFAULT_PATH
-from vhostctl.jobs import hosttraffic
-from vhostctl.jobs.hosttraffic import HostSockets
 
-GUEST_SCRIPT = Path(__file__).with_name("vmm_guest.sh")
-ECHO = 7004  # the guest's port that says what it is told
 SAVED = Path("/run/vmm-saved")
-_ETH_P_ARP = 0x0806  # linux/if_ether.h
-_BLOCK = bytes(range(256)) * 64
 
 
 class Steps:
-    """Says on stderr what begins; `seconds` is how long each took."""
+    """Says on stderr what begins; `seconds` is how long each took in all."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -59,138 +61,49 @@ class Steps:
         print(f"proof: {name}", file=sys.stderr, flush=True)
         began = time.monotonic()
         yield
-        self.seconds[name] = round(time.monotonic() - began, 1)
+        took = time.monotonic() - began
+        self.seconds[name] = round(self.seconds.get(name, 0) + took, 1)
 
 
-class Conversation:
-    """A TCP connection to the guest over which blocks go there and back all the time."""
-
-    def __init__(self) -> None:
-        self.rounds = 0
-        self.trouble: str | None = None
-        self._socket = socket.create_connection((GUEST, ECHO), timeout=ANSWER)
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._talk, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join(ANSWER)
-        self._socket.close()
-
-    def _talk(self) -> None:
-        try:
-            while not self._over.is_set():
-                sent = _BLOCK[self.rounds % 256 :]
-                self._socket.sendall(sent)
-                got = bytearray()
-                while len(got) < len(sent):
-                    part = self._socket.recv(len(sent) - len(got))
-                    if not part:
-                        raise ConnectionError("the guest closed it")
-                    got += part
-                if got != sent:
-                    raise ConnectionError("what came back is not what was sent")
-                self.rounds += 1
-        except OSError as error:
-            if self._over.is_set():
-                return
-            self.trouble = f"after {self.rounds} rounds: {error}"
-
-    def goes_on(self) -> int:
-        """Wait for some rounds more, and return how many there were. Raises AssertionError."""
-        least = self.rounds + 3
-        until(lambda: self.rounds >= least or self.trouble, "the conversation")
-        assert self.trouble is None, self.trouble
-        return self.rounds
+def files(guest: Guest, mib: int, steps: Steps) -> dict[str, object]:
+    """A file in both directions, and what Python did meanwhile."""
+    with steps("file"), watched(guest) as counters:
+        sums = exchange(mib << 20)
+    return {"sums": sums, "counters": counters}
 
 
-@contextmanager
-def announcement() -> Iterator[None]:
-    """Have the guest say in the block where it is: an ARP packet of its own about itself."""
-    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as sock:
-        sock.bind((TAP, _ETH_P_ARP))
-        yield
-        sock.settimeout(ANSWER)
-        mine = bytes(map(int, GUEST.split(".")))
-        packet = bytes(28)
-        while packet[14:18] + packet[24:28] != mine + mine:  # sender's and target's address
-            packet = sock.recv(28)
-
-
-def pings(*sizes: int) -> int:
-    """Return how many pings of these sizes the guest answered."""
-    hosttraffic.PATIENCE = ANSWER
-    return HostSockets(lambda function: function()).ping(4, GUEST, list(sizes))
-
-
-def from_host() -> None:
-    answered = pings(56, 1400, 4000)
-    assert answered == 3, f"the guest answered {answered} of 3 pings"
-
-
-def from_guest(guest: Guest) -> None:
-    guest.console.check(f"ping -c 3 -w {ANSWER} {HOST}", 2 * ANSWER)
-
-
-def looked_at(guest: Guest) -> dict[str, object]:
-    """Return what the guest makes of its machine."""
-
-    def said(command: str) -> str:
-        return guest.console.check(command, ANSWER).strip()
-
-    device = "/sys/class/net/eth0/device"
-    return {
-        "release": said("uname -r"),
-        "cpus": int(said("nproc")),
-        "driver": said(f"basename $(readlink {device}/driver)"),
-        "bus": said(f"basename $(readlink {device}/../driver)"),
-        "pairs": int(said("ls /sys/class/net/eth0/queues | grep -c tx-")),
-        "interrupts": said("grep virtio0 /proc/interrupts").splitlines(),
-    }
-
-
-def streams(arguments: argparse.Namespace, *options: str) -> list[dict[str, object]]:
-    """Return what iperf3 says, once the guest's servers listen: one may be starting again."""
-    while True:
-        sums = iperf(arguments.queues, arguments.seconds, *options)
-        if not any("refused" in str(one["error"]) for one in sums):
-            return sums
+def both_ways(arguments: argparse.Namespace, steps: Steps) -> dict[str, object]:
+    pairs = min(arguments.queues, arguments.cpus)  # what Linux uses of them
+    with steps("iperf3 into the guest"):
+        into = streams(pairs, arguments.seconds)
+    with steps("iperf3 out of the guest"):
+        out_of = streams(pairs, arguments.seconds, "-R")
+    return {"into": into, "out_of": out_of}
 
 
 def carry(guest: Guest, arguments: argparse.Namespace, steps: Steps) -> dict[str, object]:
-    """A file and iperf3, each in both directions, and what Python did meanwhile."""
-    before = guest.counters()
-    with steps("file"):
-        sums = exchange(arguments.mib << 20)
-    with steps("iperf3 into the guest"):
-        into = streams(arguments)
-    with steps("iperf3 out of the guest"):
-        out_of = streams(arguments, "-R")
-    after = guest.counters()
-    return {
-        "sums": sums,
-        "into": into,
-        "out_of": out_of,
-        "counters": {name: after[name] - before[name] for name in after},
-    }
+    """iperf3 in both directions, and who had interrupts meanwhile: each vector, and Python."""
+    before = interrupts(guest)
+    with watched(guest) as counters:
+        sums = both_ways(arguments, steps)
+    after = interrupts(guest)
+    came = {name: after[name] - before[name] for name in after}
+    return {**sums, "interrupts": came, "counters": counters}
 
 
-def masked(guest: Guest, arguments: argparse.Namespace, steps: Steps) -> dict[str, object]:
-    """The same streams while the guest masks and unmasks its vectors all the time."""
-    script = guest.console.check
-    with steps("masked and unmasked"), Conversation() as conversation:
-        script(f"sh {GUEST_SCRIPT} mask", ANSWER)
-        into = streams(arguments)
-        out_of = streams(arguments, "-R")
-        rounds = int(script(f"sh {GUEST_SCRIPT} unmask", ANSWER))
+@contextmanager
+def masking(guest: Guest) -> Iterator[dict[str, object]]:
+    """Have the guest mask and unmask its vectors all the time; yield what has, then, how often.
+
+    A conversation goes on meanwhile, which an interrupt that is lost would end.
+    """
+    report: dict[str, object] = {}
+    with Conversation() as conversation:
+        guest.console.check(f"sh {GUEST_SCRIPT} mask", ANSWER)
+        yield report
+        conversation.goes_on(10)
+        report["rounds"] = int(guest.console.check(f"sh {GUEST_SCRIPT} unmask", ANSWER))
         conversation.goes_on()
-    return {"into": into, "out_of": out_of, "rounds": rounds}
 
 
 def held(guest: Guest) -> None:
@@ -208,14 +121,17 @@ def link(guest: Guest) -> None:
     """Take the link down and up; the guest sees it each time."""
     for up in (False, True):
         guest.qmp.execute("set_link", name="net0", up=up)
-        see = f"until [ $(cat /sys/class/net/eth0/carrier) = {up:d} ]; do sleep 1; done"
+        see = f"until [ $(cat /sys/class/net/eth0/carrier) = {up:d} ]; do usleep 100000; done"
         guest.console.check(see, ANSWER)
 
 
-def reload(guest: Guest) -> None:
+def reload(guest: Guest, steps: Steps) -> None:
     """Unload the guest's driver and load it again."""
-    guest.console.check("rmmod virtio_net && ! [ -e /sys/class/net/eth0 ]", ANSWER)
-    guest.console.check("modprobe virtio_net && network", ANSWER)
+    with steps("driver unloaded and loaded"):
+        guest.console.check("rmmod virtio_net && ! [ -e /sys/class/net/eth0 ]", ANSWER)
+        guest.console.check("modprobe virtio_net && network", ANSWER)
+        from_guest(guest)
+        from_host()
 
 
 def leave(guest: Guest) -> dict[str, object]:
@@ -230,48 +146,70 @@ def first_life(
     guest: Guest, arguments: argparse.Namespace, steps: Steps, report: dict[str, object]
 ) -> None:
     """All that a guest does between its boot and its end."""
-    report["guest"] = looked_at(guest)
+    report |= {"guest": looked_at(guest), "nodes": guest.vhost_nodes()}
     with steps("ping"):
         from_host()
         from_guest(guest)
     with steps("servers"):
         guest.console.check(f"sh {GUEST_SCRIPT} serve", ANSWER)
-    report |= carry(guest, arguments, steps)
-    report["masked"] = masked(guest, arguments, steps)
-    report["servers"] = guest.console.run("cat /tmp/iperf3", ANSWER)[1].splitlines()
-    with steps("masked, and then not"):
-        held(guest)
-    with steps("link down and up"):
-        link(guest)
-        from_host()
+    report["file"] = files(guest, arguments.mib, steps)
+    if not arguments.short:
+        report["iperf3"] = carry(guest, arguments, steps)
+        with steps("masked and unmasked"), masking(guest) as masked:
+            masked |= both_ways(arguments, steps)
+        report["masked"] = masked
+        with steps("masked, and then not"):
+            held(guest)
+        with steps("link down and up"):
+            link(guest)
+            from_host()
     report["link_errors"] = link_errors()
     report["rings"] = mirror_rings()
-    with steps("driver unloaded and loaded"):
-        reload(guest)
-        from_guest(guest)
-        from_host()
+    reload(guest, steps)
+
+
+def later_life(guest: Guest, options: list[str], steps: Steps) -> dict[str, object]:
+    """What a guest does that was saved and goes on with other `options`."""
+    from_guest(guest)
+    report: dict[str, object] = {
+        "nodes": guest.vhost_nodes(),
+        "file": files(guest, 1, steps),
+        "rings": mirror_rings(),
+    }
+    if "--no-irqfd" in options:
+        # What a mask does is another thing then.
+        with steps("masked and unmasked"), masking(guest) as report["masked"]:
+            pass
+        with steps("masked, and then not"):
+            held(guest)
+    return report
 
 
 def prove(arguments: argparse.Namespace, steps: Steps, report: dict[str, object]) -> None:
-    """Have a guest do its things from its boot to its end, which may be in a second process."""
+    """Have a guest do its things from its boot to its end, in one process after the other."""
     with ExitStack() as stack:
         with steps("boot"):
-            guest = stack.enter_context(booted(arguments))
+            guest = stack.enter_context(booted(arguments, arguments.append))
         first_life(guest, arguments, steps, report)
-        if not arguments.resume:
-            with steps("power-off"):
-                report["end"] = leave(guest)
-            return
-        conversation = stack.enter_context(Conversation())
-        conversation.goes_on()
-        with steps("save"):
-            guest.qmp.execute("save", directory=str(SAVED))
-            report["saved"] = {"status": guest.end(), "rounds": conversation.rounds}
-        with steps("resume"), announcement():
-            guest = stack.enter_context(resumed(arguments, SAVED))
-        with steps("conversation"):
-            report["resumed"] = {"rounds": conversation.goes_on()}
-        from_guest(guest)
+        lives: list[dict[str, object]] = []
+        with ExitStack() as talk:
+            if arguments.resume:
+                conversation = talk.enter_context(Conversation())
+                conversation.goes_on()
+            for options in map(shlex.split, arguments.resume):
+                with steps("save"):
+                    guest.qmp.execute("save", directory=str(SAVED))
+                    saved = {"status": guest.end(), "rounds": conversation.rounds}
+                with steps("resume"), announcement():
+                    guest = stack.enter_context(resumed(arguments, SAVED, options))
+                with steps("conversation"):
+                    rounds = conversation.goes_on()
+                life = later_life(guest, options, steps)
+                lives.append({"saved": saved, "rounds": rounds, **life})
+        report["lives"] = lives
+        if lives:
+            reload(guest, steps)
+        report["servers"] = guest.console.run("cat /tmp/iperf3", ANSWER)[1].splitlines()
         with steps("power-off"):
             report["end"] = leave(guest)
 
@@ -291,8 +229,18 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=256, help="MiB")
     parser.add_argument("--seconds", type=int, default=3, help="of iperf3, in each direction")
     parser.add_argument("--mib", type=int, default=8, help="of the file")
-    parser.add_argument("--resume", action="store_true", help="save the guest and go on with it")
+    parser.add_argument("--short", action="store_true", help="no iperf3, no masks, no link")
+    parser.add_argument("--append", default="", help="to the guest's kernel's command line")
     parser.add_argument("--without", action="append", default=[], metavar="ioeventfd|irqfd")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="save the guest and go on with it, with other options of `vhostctl vmm resume`",
+    )
     parser.add_argument("--limit", type=int, default=900, help="seconds for all of it")
     arguments = parser.parse_args()
     signal.signal(signal.SIGALRM, give_up)
@@ -300,6 +248,8 @@ def main() -> None:
     load_kvm()
     steps = Steps()
     report: dict[str, object] = {"seconds": steps.seconds}
+    # Or what a slow stream had learned makes those after it slow.
+    Path("/proc/sys/net/ipv4/tcp_no_metrics_save").write_text("1")
     try:
         with loaded(arguments.module):
             make_tap(arguments.queues)
