@@ -56,13 +56,13 @@ find_control() {
 	[ $control -gt 3 ]
 }
 
-# While /tmp/mask is there, mask every vector and unmask it again; with two CPUs also send each
-# interrupt to the other CPU in turn, for which Linux masks it.
+# While /tmp/mask is there, mask every vector and unmask it again, four times at least; with two
+# CPUs also send each interrupt to the other CPU in turn, for which Linux masks it.
 mask() {
 	numbers=$(sed -n 's/^ *\([0-9]*\):.*virtio0-.*/\1/p' /proc/interrupts)
 	cpu=1 rounds=0
 	find_control || return
-	while [ -e /tmp/mask ]; do
+	while [ -e /tmp/mask ] || [ $rounds -lt 4 ]; do
 		function_mask '\300'
 		function_mask '\200'
 		if [ "$(nproc)" -gt 1 ]; then
