@@ -6,7 +6,6 @@ import select
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from tests.support.load_flows import FLOWS, Flows, Lane
@@ -15,6 +14,7 @@ from tests.system.conftest import until
 from vhostctl.guest.config import QueueStats
 from vhostctl.guest.driver import NetDriver
 from vhostctl.guest.endpoint import EndpointCounters
+from vhostctl.host.closing import Closing
 from vhostctl.host.memory import MappedRegion
 from vhostctl.host.netns import NetNamespace
 from vhostctl.host.vhost import RX, TX
@@ -46,7 +46,7 @@ class Balance:
         )
 
 
-class Load:
+class Load(Closing):
     """Pairs under load, in a with block.
 
     The host sends bursts to the guest, which sends them back, and the guest sends on every pair
@@ -94,12 +94,8 @@ class Load:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Take all of it down."""
         self._stack.close()
 
     def _progress(self) -> list[int]:

@@ -9,12 +9,12 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from tests.support.load_rig import GUEST, HOST, Rig
 from vhostctl.guest.endpoint import Endpoint, Peer
 from vhostctl.guest.streams import Stream
+from vhostctl.host.closing import Closing
 
 PORT = 7000
 FLOWS = 16
@@ -86,7 +86,7 @@ class Lane:
                 endpoint.goal = 0
 
 
-class Flows:
+class Flows(Closing):
     """Numbered datagrams to the guest, in bursts over `flows` flows, and their echoes.
 
     A context manager that sends from `start()` on; its exit ends that and the listening.
@@ -192,12 +192,8 @@ class Flows:
         self._listener.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Send no more, and listen no more."""
         self.stop()
         self._closed.set()
         self._listener.join()

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import pyroute2
@@ -19,6 +18,7 @@ from vhostctl.control.wiring import DRIVER_BITS, SessionConfig
 from vhostctl.guest.config import QueueStats
 from vhostctl.guest.driver import NetDriver, QueueConfig, QueuePair
 from vhostctl.guest.endpoint import Endpoint
+from vhostctl.host.closing import Closing
 from vhostctl.host.links import LinkCounters, Links
 from vhostctl.host.memory import MappedRegion
 from vhostctl.host.netns import NetNamespace
@@ -55,7 +55,7 @@ class UdpCounters:
     checksums: int
 
 
-class Station:
+class Station(Closing):
     """The guest on one pair: an echo, running or paused."""
 
     def __init__(self, pair: QueuePair) -> None:
@@ -81,6 +81,7 @@ class Station:
         )
 
     def close(self) -> None:
+        """Answer no more."""
         self._running.close()
         self.endpoint.close()
 
@@ -88,11 +89,8 @@ class Station:
         self.run()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
-
-class Rig:
+class Rig(Closing):
     """The pairs of `config` on the tap tap0 of a namespace, running; a context manager.
 
     Nothing but what a test sends goes to the guest: there is no IPv6 and no ARP.
@@ -191,15 +189,8 @@ class Rig:
             session.start_ring(2 * pair + ring, base, place)
         return driver
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Stop and take all of it down."""
         self._stack.close()
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from vhostctl.control.addressspace import AddressSpace
 from vhostctl.control.netsetup import LinkSettings, link_steps
 from vhostctl.control.plan import Plan
 from vhostctl.control.rings import RingPlacement, VirtQueue
 from vhostctl.guest.driver import NetDriver
+from vhostctl.host.closing import Closing
 from vhostctl.host.links import LinkCounters, Links, LinkState
 from vhostctl.host.netns import NetNamespace
 from vhostctl.host.tap import Tap
@@ -22,7 +23,7 @@ T = TypeVar("T")
 NOTHING_LOST = [0, 0, 0, 0]
 
 
-class Wired:
+class Wired(Closing):
     """A tap of `queues` queues, with addresses, in a namespace that sends to it.
 
     What a test puts on `stack` is closed with it.
@@ -85,9 +86,3 @@ class Wired:
 
     def close(self) -> None:
         self.stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

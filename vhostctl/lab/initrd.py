@@ -93,7 +93,7 @@ def module_files(kernel: Kernel) -> dict[str, bytes]:
 
     modprobe is busybox's, which cannot unpack, so what Debian compressed is unpacked here.
     """
-    depends = kernel.dependencies()
+    depends = kernel.dependencies
     files = {"modules.builtin": (kernel.modules / "modules.builtin").read_bytes()}
     lines = []
     for path in kernel.load_order(MODULES):

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
@@ -57,8 +58,9 @@ class Kernel:
         """The module directory, with modules.dep."""
         return self.tree / "lib" / "modules" / self.release
 
+    @cached_property
     def dependencies(self) -> dict[str, list[str]]:
-        """Return modules.dep: each module file, and all that it needs, the nearest first.
+        """modules.dep: each module file, and all that it needs, the nearest first.
 
         Paths are below `modules`.
         """
@@ -70,7 +72,7 @@ class Kernel:
 
         What the kernel has built in, or not at all, is not among them.
         """
-        depends = self.dependencies()
+        depends = self.dependencies
         files = {PurePosixPath(path).name.partition(".")[0]: path for path in depends}
         wanted = [files[name] for name in names if name in files]
         return list(
