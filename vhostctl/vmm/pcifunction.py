@@ -192,7 +192,7 @@ class PciFunction:
                 capability.written(body, part)
         bars = range(pci.PCI_BASE_ADDRESS_0, pci.PCI_BASE_ADDRESS_5 + 4)
         if self.command != command:
-            self.command_written()
+            self.command_written(command)
         if self.bus is not None and (
             self.command != command or (offset < bars.stop and bars.start < end)
         ):
@@ -220,8 +220,8 @@ class PciFunction:
     def unplugged(self) -> None:
         """Be told that it leaves its slot now."""
 
-    def command_written(self) -> None:
-        """Be told that the command register is another one now."""
+    def command_written(self, before: int) -> None:
+        """Be told that the command register, which was `before`, is another one now."""
 
     def show_interrupt(self, *, asserted: bool) -> None:
         """Have the status register say whether the function wants an INTx."""

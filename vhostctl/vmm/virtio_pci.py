@@ -81,7 +81,6 @@ class VirtioPci(PciFunction, Closing):
         self._doorbells = doorbells
         self._placed: tuple[Doorbell, ...] = ()
         self._closed = False
-        self._was_master = False
         self._events = Events(
             (*device.calls, device.config_call),
             f"virtio device {device.device_id}",
@@ -125,18 +124,16 @@ class VirtioPci(PciFunction, Closing):
         """Have doorbells where the BARs are now."""
         self._place_doorbells()
 
-    def command_written(self) -> None:
-        """Have INTx be as the command register says, and a device that was no bus master.
+    def command_written(self, before: int) -> None:
+        """Have INTx be as the command register says, and stop what is no bus master any more.
 
         Without Bus Master Enable a function may neither use memory nor send messages (PCI 3.0,
         6.2.2): a device that loses it while it runs is as after a reset.
         """
         self._events.intx_disabled = bool(self.command & pci.PCI_COMMAND_INTX_DISABLE)
         self._events.update_line()
-        master = bool(self.command & pci.PCI_COMMAND_MASTER)
-        if self._was_master and not master and self.running:
+        if before & ~self.command & pci.PCI_COMMAND_MASTER and self.running:
             self._transport.reset()
-        self._was_master = master
 
     def unplugged(self) -> None:
         """Let go of the line that it shares."""
@@ -158,7 +155,7 @@ class VirtioPci(PciFunction, Closing):
         Raises InvalidArgument if the state is of another device or of one with other features.
         """
         self.restore_config(state.config)
-        self.command_written()
+        self.command_written(self.command)
         self._transport.restore(state.driver)
         self._events.restore(state.events)
 
