@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.needs import skip_without_device
-from vhostctl.host.netns import NetNamespace
+from vhostctl.host.netns import NetNamespace, unshare
 from vhostctl.host.worker import workers
 
 MANY = 1 << 16
@@ -54,6 +54,12 @@ class Possessions:
             mappings=frozenset(line for line in maps if "vhostctl-guest-memory" in line),
             workers=frozenset(workers()),
         )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _links_of_its_own() -> None:
+    """Two processes run tests: what one opens where it stands must not meet the other's."""
+    unshare()
 
 
 @pytest.fixture

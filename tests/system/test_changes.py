@@ -25,6 +25,7 @@ from vhostctl.guest.config import QueueConfig
 from vhostctl.guest.driver import NetDriver, QueuePair
 from vhostctl.host.links import Links
 from vhostctl.host.memory import MappedRegion
+from vhostctl.host.netns import NetNamespace
 from vhostctl.host.tap import Tap
 from vhostctl.host.vhost import ENGINE, RX, TX, VhostNet
 from vhostctl.host.worker import workers
@@ -246,13 +247,16 @@ def lengths(pair: QueuePair) -> set[int]:
 
 
 @pytest.mark.parametrize("kind", ["task", "kthread"])
-def test_the_worker_is_what_was_asked_for(device: str, kind: str) -> None:
+def test_the_worker_is_what_was_asked_for(device: str, kind: str, namespace: NetNamespace) -> None:
     before = workers()
     with VhostNet.at(device) as probe:
         try:
             probe.get_fork_from_owner()
         except KernelError:
-            session = Session(replace(config(device), worker=kind))
+            session = Session(
+                replace(config(device), worker=kind),
+                open_tap=lambda: namespace.run(lambda: Tap.open("tap0")),
+            )
             with pytest.raises(KernelError, match="VHOST_SET_FORK_FROM_OWNER"), session:
                 pass
             return
@@ -328,8 +332,8 @@ def test_a_session_resumes_from_its_document(wire: Wire, device: str) -> None:
     session.disable_pair(0)
     session.mask(3)
     frame = b"\xff" * 6 + bytes(54)
-    wire.driver.pairs[1].send([frame] * 64)
-    until(lambda: wire.driver.pairs[1].stats().tx_completed >= 64, "frames")
+    assert wire.driver.pairs[1].send([frame] * 64) == 64
+    until(lambda: wire.driver.pairs[1].stats().tx_in_flight == 0, "frames")
     session.set_busyloop(50)
     text = session.suspend().to_json()
     document = Snapshot.from_json(text)
