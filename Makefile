@@ -24,6 +24,8 @@ ON_ENGINE := address_space changes dirty_log doctor gso handover iotlb load many
 	     service_qmp session vmm_hostile vmm_net vmm_run vmm_suspend vmm_wild workers
 SKIPS   := --allowed-skips .ci/allowed-skips.txt
 TWO     := -n 2 --dist loadgroup
+# What runs on the host waits more than it works, and none of it for minutes.
+HOST    := -n 4 --dist loadgroup --timeout 300 --timeout-method thread
 MARKS   := not soak
 # What is long begins first, so that the two that run at a time end together.
 LONG    := $(patsubst %,tests/vm/test_%.py,vmm system conformance kmod)
@@ -67,8 +69,8 @@ kmod: .venv/ready
 	$(BIN)/vhostctl kmod build
 
 host-test: .venv/ready
-	$(BIN)/python -m pytest $(TWO) tests/unit tests/cli tests/core $(SKIPS)
-	$(BIN)/python -m pytest $(TWO) tests/conformance $(ON_ENGINE:%=tests/system/test_%.py) \
+	$(BIN)/python -m pytest $(HOST) tests/unit tests/cli tests/core $(SKIPS)
+	$(BIN)/python -m pytest $(HOST) tests/conformance $(ON_ENGINE:%=tests/system/test_%.py) \
 		--device engine $(SKIPS)
 
 lab-test: .venv/ready bytecode kernels test-packages

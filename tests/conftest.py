@@ -61,7 +61,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "vm: boots a virtual machine")
     config.addinivalue_line("markers", "xdist_group(name): in one process, where there are several")
-    config.addinivalue_line("markers", "soak: for `make test-all`: long, or fails now and then")
+    config.addinivalue_line("markers", "soak: in a VM only in `make test-all`: it is long")
     # A shell's background job ignores ctrl-C, and so would the programs that are tested.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

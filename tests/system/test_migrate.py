@@ -121,7 +121,14 @@ def test_a_process_that_dies_is_named(device: str, monkeypatch: pytest.MonkeyPat
         migrate(SessionConfig(device=device), [device, ENGINE], 100)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.soak),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.soak),
+    ],
+)
 def test_who_ends_it_ends_the_other_processes(device: str, number: signal.Signals) -> None:
     endless = [ENGINE, device] * 50
     with subprocess.Popen(

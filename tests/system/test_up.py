@@ -180,7 +180,10 @@ def test_a_bridge_takes_the_tap_in(namespace: NetNamespace) -> None:
         ended(process)
 
 
-@pytest.mark.parametrize("quarters", [0, 1, 2, 4, 8, 16, 24])
+@pytest.mark.parametrize(
+    "quarters",
+    [0, 2, 8, *(pytest.param(later, marks=pytest.mark.soak) for later in (1, 4, 16, 24))],
+)
 def test_an_interrupt_at_any_moment_leaves_the_tap(namespace: NetNamespace, quarters: int) -> None:
     persistent_tap(namespace, "tap0")
     before = Kept.of(namespace, "tap0")

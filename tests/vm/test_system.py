@@ -10,8 +10,9 @@ from tests.vm.conftest import LIMIT, ROOT, fetched, run
 from vhostctl.lab.kernels import Kernel
 from vhostctl.lab.vm import Machine
 
-# Neither plugin is used there, and both take seconds to start under emulation.
-PYTEST = "python -m pytest -p no:cacheprovider -p no:hypothesispytest -p no:xdist -q --durations=5"
+# None of these plugins is used there, and they take seconds to start under emulation.
+PLUGINS = "-p no:cacheprovider -p no:hypothesispytest -p no:xdist -p no:timeout"
+PYTEST = f"python -m pytest {PLUGINS} -q --durations=5"
 SKIPS = "--allowed-skips /dev/null"  # a lab's kernel has everything
 
 # A VM for each, so that two of them share the machine.
@@ -51,14 +52,17 @@ def test_every_file_is_run() -> None:
     "suite",
     [pytest.param(name, marks=[pytest.mark.soak] * (name in LONG)) for name in SUITES],
 )
-def test_a_suite_passes_in_a_vm(kernel: Kernel, module: Path, suite: str) -> None:
+def test_a_suite_passes_in_a_vm(
+    kernel: Kernel, module: Path, suite: str, request: pytest.FixtureRequest
+) -> None:
     # With our module beside the kernel's: sessions move from one to the other.
     load = 'vhostctl kmod load "$1"; shift'
     if suite in WITH_KVM:
         load += "; modprobe -q kvm-amd || modprobe -q kvm-intel"
     kills = "export VHOSTCTL_TEST_KILLS=${VHOSTCTL_TEST_KILLS:-3}"
     script = f'{load}; {kills}; exec {PYTEST} {SKIPS} "$@"'
-    argv = ["sh", "-ec", script, "sh", str(module), *files(SUITES[suite])]
+    marks = ["-m", str(request.config.getoption("markexpr"))]
+    argv = ["sh", "-ec", script, "sh", str(module), *marks, *files(SUITES[suite])]
     outcome = run(Machine(kernel, 2 if suite in TWO_CPUS else 1), argv, LIMIT)
     print(outcome)
     assert outcome.status == 0
