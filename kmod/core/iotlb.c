@@ -76,6 +76,7 @@ void vhm_iotlb_clear(struct vhm_dev *dev)
 	dev->unread = NULL;
 	dev->unread_end = &dev->unread;
 	dev->pending = NULL;
+	dev->clears++;
 	for (i = 0; i < VHM_QUEUES; i++)
 		dev->queue[i].messages = 0;
 	port_unlock(&dev->message_lock);
@@ -105,6 +106,7 @@ bool vhm_dev_translates(struct vhm_dev *dev)
 long vhm_dev_read(struct vhm_dev *dev, u64 uaddr, size_t length)
 {
 	struct vhm_message *message;
+	unsigned int clears;
 	bool whole;
 
 	if (length < VHM_MESSAGE)
@@ -115,13 +117,16 @@ long vhm_dev_read(struct vhm_dev *dev, u64 uaddr, size_t length)
 		dev->unread = message->next;
 	if (!dev->unread)
 		dev->unread_end = &dev->unread;
+	clears = dev->clears;
 	port_unlock(&dev->message_lock);
 	if (!message)
 		return -EAGAIN;
 	/* Without the lock: the reader's memory may keep us waiting, but not the worker. */
 	whole = !port_copy_out(uaddr, message->bytes, VHM_MESSAGE);
 	port_lock(&dev->message_lock);
-	if (whole) {
+	if (clears != dev->clears) {
+		port_free(message);	/* and counted no longer */
+	} else if (whole) {
 		message->next = dev->pending;
 		dev->pending = message;
 	} else {

@@ -164,6 +164,7 @@ struct vhm_dev {
 	struct port_lock message_lock;
 	struct vhm_message *unread, **unread_end;
 	struct vhm_message *pending;
+	unsigned int clears;	/* how often both lists were emptied */
 };
 
 /* Make @dev usable; @limits must outlive it. The memory of @dev is the caller's. */

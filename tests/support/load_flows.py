@@ -178,7 +178,7 @@ class Flows(Closing):
         if self._talker.ident:
             self._talker.join()
 
-    def wait_settled(self, lost: int, seconds: float = 20) -> int:
+    def wait_settled(self, lost: int, seconds: float = 120) -> int:
         """Wait until all came back but `lost` and what UDP dropped; return how many did not."""
         deadline = time.monotonic() + seconds
         while (missing := self.sent - len(self.echoed)) > lost + self._rig.udp().errors:

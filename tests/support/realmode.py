@@ -26,7 +26,7 @@ COUNTER = 0x2000
 MEMORY = 0x10000
 MMIO = 0xD0000  # within real mode's reach, and no slot has it
 DONE = 0x95
-PATIENCE = 30.0  # seconds, of an emulated machine
+PATIENCE = 120.0  # seconds, of an emulated machine
 
 Access = tuple[int, bytes]
 

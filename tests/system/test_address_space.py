@@ -66,7 +66,7 @@ def huge_pages() -> Iterator[None]:
     before, wanted = int(HUGE_POOL.read_text()), SIZE // HUGE
     free = HUGE_POOL.with_name("free_hugepages")
     try:
-        for _ in range(50):  # pages that were just given back are counted for a moment
+        for _ in range(600):  # pages that were just given back are counted for a moment
             HUGE_POOL.write_text(str(before + wanted))
             if int(free.read_text()) >= wanted:
                 break

@@ -173,7 +173,7 @@ def test_memory_that_is_added_while_the_log_runs(device: str, namespace: NetName
             session.start()
             driver.pairs[0].start()
             namespace.run(lambda: inject(FRAME))
-            assert driver.pairs[0].wait(20)
+            assert driver.pairs[0].wait(60)
             session.memory.remove("added")
             assert session.sync_log().within(buffers)
             session.stop()

@@ -25,6 +25,7 @@ from vhostctl.jobs.running import Running
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 SMALL = 1 << 20
+TRIES = 10
 SETS = tried(int(os.environ.get("VHOSTCTL_TEST_GSO_SETS", SAMPLE)))
 
 
@@ -69,16 +70,24 @@ def joined(
             assert (lane.malformed, lane.refused) == (0, 0)
 
 
+def tcp_in_long_packets(link: Joined, family: Family, size: int) -> None:
+    """Send `size` bytes each way, again if TCP took shorter packets: it goes by how fast it is."""
+    for _ in range(TRIES):
+        tcp(*link.hosts, family, size)
+        if min(lane.greatest for lane in link.lanes) > 60000:
+            return
+    pytest.fail(f"no packet of 60 kB one way or the other in {TRIES} tries: {link.lanes}")
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 @pytest.mark.parametrize("mtu", [1500, 9000])
 def test_tcp_passes_in_packets_of_60_kb_both_ways(device: str, mtu: int, family: Family) -> None:
     default = 64 if device == ENGINE else 16
     size = int(os.environ.get("VHOSTCTL_TEST_GSO_MIB", default)) << 20
     with joined(device, mtu=mtu) as link:
-        tcp(*link.hosts, family, size)
+        tcp_in_long_packets(link, family, size)
         for lane in link.lanes:
             print(lane)
-            assert lane.greatest > 60000
             assert lane.bytes > size
             # Nearly all of it went in long packets: acknowledgements are what is left.
             assert lane.gso * 20000 < lane.bytes
@@ -97,8 +106,7 @@ def test_tcp_passes_in_packets_of_60_kb_both_ways(device: str, mtu: int, family:
 )
 def test_packets_pass_whatever_the_rings_are(device: str, rings: int, buffer_size: int) -> None:
     with joined(device, rings=rings, buffer_size=buffer_size) as link:
-        tcp(*link.hosts, FAMILIES[0], 8 * SMALL)
-        assert all(lane.greatest > 60000 for lane in link.lanes)
+        tcp_in_long_packets(link, FAMILIES[0], 8 * SMALL)
 
 
 @pytest.mark.parametrize(("first", "second"), SETS, ids=map(name, SETS))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import ended
 from tests.system.conftest import until
 from vhostctl.cli.exitcodes import ExitCode
 from vhostctl.control.snapshot import Snapshot
@@ -131,16 +132,17 @@ def test_a_process_that_dies_is_named(device: str, monkeypatch: pytest.MonkeyPat
 )
 def test_who_ends_it_ends_the_other_processes(device: str, number: signal.Signals) -> None:
     endless = [ENGINE, device] * 50
-    with subprocess.Popen(
+    moving = subprocess.Popen(
         command(device, *endless),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         process_group=0,
-    ) as moving:
+    )
+    with ended(moving):
         until(lambda: bool(migrants()), "a move began", 120)
         # As a terminal does it: to the whole group.
         os.killpg(moving.pid, number) if number == signal.SIGINT else moving.send_signal(number)
         _, errors = moving.communicate(timeout=120)
-    ended = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
-    assert moving.returncode == ended.get(number, -number), errors.decode()
+    codes = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
+    assert moving.returncode == codes.get(number, -number), errors.decode()
     assert b"Traceback" not in errors

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 ROUNDS = 3
 PAUSE = 0.1
+PATIENCE = 60  # seconds for a guest that is there, on an emulated machine too
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_each_pair_off_and_on_under_load(rig: Rig, seconds: float) -> None:
                 break
             pair = (turn * 3 + turn // PAIRS) % PAIRS
             time.sleep(PAUSE)
-            done = rig.session.disable_pair(pair)
+            done = rig.session.disable_pair(pair, PATIENCE)
             assert done.steered
             dropped += done.dropped
             assert list(rig.session.enabled) == [other != pair for other in range(PAIRS)]
@@ -76,7 +77,7 @@ def test_down_to_one_pair_and_up_again(rig: Rig) -> None:
         for off in ((0, 1, 2), (3, 1, 2), (1, 3, 0)):
             (last,) = set(range(PAIRS)) - set(off)
             for pair in off:
-                assert rig.session.disable_pair(pair).dropped == 0
+                assert rig.session.disable_pair(pair, PATIENCE).dropped == 0
             assert list(rig.session.enabled) == [pair == last for pair in range(PAIRS)]
             assert rig.tap_queues() == (1, PAIRS - 1)
             with pytest.raises(InvalidArgument, match=f"pair {last} is the last"):
@@ -131,7 +132,7 @@ def test_a_guest_without_buffers_bounds_the_wait(rig: Rig) -> None:
         flows.burst()
         begin = time.monotonic()
         done = rig.session.disable_pair(2, timeout=0.3)
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < PATIENCE
         assert done.dropped > 0
         assert not flows.echoed
         flows.burst()

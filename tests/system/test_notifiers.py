@@ -163,6 +163,6 @@ def test_a_malformed_ring_is_an_event(eager: Wire) -> None:
     good = index.value
     index.value = good + queue.size + 1
     queue.events["kick"].signal()  # by hand, as no driver would
-    assert poll.poll(20_000)
+    assert poll.poll(60_000)
     index.value = good
     assert eager.session.ring_errors()[TX] > 0

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import pytest
 
+from tests.support.processes import ended
 from tests.system.conftest import until
 from vhostctl.abi import virtio
 from vhostctl.cli.exitcodes import ExitCode
@@ -151,12 +152,13 @@ def sockets(pid: int) -> int:
 
 def test_an_interrupt_during_traffic_is_clean(device: str) -> None:
     command = [sys.executable, "-m", "vhostctl", "selftest", "--device", device]
-    with subprocess.Popen(
+    process = subprocess.Popen(
         [*command, "--frames", "10000000"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-    ) as process:
+    )
+    with ended(process):
         until(lambda: sockets(process.pid) >= 6, "traffic")
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)

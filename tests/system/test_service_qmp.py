@@ -18,6 +18,7 @@ import msgspec
 import pytest
 from qemu.qmp import ExecuteError, QMPClient
 
+from tests.support.processes import listens
 from tests.system.conftest import until
 from vhostctl.cli.exitcodes import ExitCode
 from vhostctl.control.snapshot import Snapshot
@@ -53,7 +54,7 @@ def service(
     command += ["--socket", str(path), "--state", str(folder / "state")]
     process = namespace.run(lambda: subprocess.Popen(command))
     try:
-        until(lambda: process.poll() is not None or path.exists(), "the service listens", 120)
+        until(lambda: process.poll() is not None or listens(path), "the service listens", 120)
         assert process.poll() is None
         yield process, path
     finally:

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import ended, reached
 from tests.support.realmode import open_kvm
 from tests.support.vmm_hostile import RAM, Driver, GuestCpu
 from tests.system.conftest import until
@@ -146,9 +148,9 @@ def test_ctrl_a_x_leaves(runner: Runner) -> None:
     with terminal() as (master, slave):
         before = termios.tcgetattr(slave)
         command = runner.command(HELLO + FOREVER)
-        with runner.namespace.run(
-            lambda: subprocess.Popen(command, stdin=slave, stdout=slave)
-        ) as p:
+        process = runner.namespace.run(lambda: subprocess.Popen(command, stdin=slave, stdout=slave))
+        with ended(process) as p:
+            until(lambda: bool(select.select([master], [], [], 0)[0]), "its output")
             assert os.read(master, 1) == b"H"
             until(lambda: termios.tcgetattr(slave) != before, "raw")
             time.sleep(0.1)
@@ -175,7 +177,7 @@ def test_a_signal_at_any_moment(
                     command, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL
                 )
             )
-            with process:
+            with ended(process):
                 while termios.tcgetattr(slave) == before:
                     assert process.poll() is None
                 if attempt:
@@ -202,15 +204,12 @@ def test_clients_hear_how_the_guest_ended(
 ) -> None:
     path = tmp_path / "qmp"
     command = runner.command(TYPED + code, "--qmp", str(path))
-    with (
-        runner.namespace.run(
-            lambda: subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        ) as process,
-        socket.socket(socket.AF_UNIX) as client,
-    ):
-        until(path.exists, "the socket")
+    process = runner.namespace.run(
+        lambda: subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    )
+    with ended(process), socket.socket(socket.AF_UNIX) as client:
         client.settimeout(PATIENCE)
-        client.connect(str(path))
+        until(lambda: reached(client, path), "the socket")
         with client.makefile("rw") as stream:
             assert "QMP" in json.loads(stream.readline())
             stream.write('{"execute": "qmp_capabilities"}\n')

@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,7 +86,7 @@ def test_each_device_has_its_worker(device: str) -> None:
         # After a RESET_OWNER the worker is a new one, and the order says nothing any more.
         first, again = next(iter(devices.items()))
         again.reset_owner()
-        assert first not in {serving.tid for serving in ours()}
+        until(lambda: first not in {serving.tid for serving in ours()}, "the first has ended")
         second = worker.own(again)
         assert second is not None
         assert second.tid in {serving.tid for serving in ours()}
@@ -214,13 +216,18 @@ def is_threaded(cgroup: Path) -> bool:
     return (cgroup / "cgroup.type").read_text() == "threaded\n"
 
 
-def test_a_worker_that_ends_while_it_is_measured(device: str) -> None:
+def test_a_worker_that_ends_while_it_is_measured(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with owned(device, 2) as devices:
         found = ours()
         gone = next(iter(devices))
-        ending = threading.Timer(0.1, devices[gone].close)
-        ending.start()
+
+        def end(_: float) -> None:
+            devices[gone].close()
+            until(lambda: gone not in {serving.tid for serving in ours()}, "it has ended")
+
+        clock = SimpleNamespace(sleep=end, monotonic_ns=time.monotonic_ns)
+        monkeypatch.setattr("vhostctl.jobs.workers.time", clock)
         took = job.measure(found, 1)
-        ending.join()
         assert took.cpu_ns.keys() == devices.keys() - {gone}
-        until(lambda: gone not in {serving.tid for serving in ours()}, "it has ended")

@@ -167,12 +167,15 @@ def test_who_stops_it_may_hold_what_the_end_needs() -> None:
 def test_the_guest_hears_that_it_stood_still() -> None:
     cpu = Cpu([])
     cpu.thread.start()
-    for times in (1, 2):
+    told = []
+    for _ in range(3):
         cpu.script.idle.clear()
         cpu.thread.resume()
         assert cpu.script.idle.wait(PATIENCE)
         cpu.thread.pause()
-        assert cpu.script.told == times
+        told.append(cpu.script.told)
+    # Whether it stood still before the first time depends on when its thread began.
+    assert [count - told[0] for count in told] == [0, 1, 2]
     cpu.thread.stop()
 
 

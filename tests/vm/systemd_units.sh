@@ -58,13 +58,13 @@ $as_nobody vhostctl run --broker --tap vm-1 --queues 2 -- \
 echo broker "$(restrictions broker)"
 
 vhostctl up demo --detach --tap tap0 --device /dev/vhost-net --queues 2 --addr 192.0.2.1/24 >&2
-busybox ping -c 1 -w 60 192.0.2.2 | grep received
+busybox ping -c 1 -W 60 192.0.2.2 | grep received
 python -c '
 from pathlib import Path
 from vhostctl.service.client import ServiceClient
 with ServiceClient(Path("/run/vhostctl/qmp.sock")) as client:
     client.execute("set-pairs", name="demo", pairs=1)
 '
-busybox ping -c 1 -w 60 192.0.2.2 | grep received
+busybox ping -c 1 -W 60 192.0.2.2 | grep received
 echo service "$(restrictions service)"
 vhostctl down demo --quit >&2

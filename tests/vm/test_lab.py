@@ -122,5 +122,5 @@ def test_an_interrupt_leaves_no_qemu(machine: Machine) -> None:
         below = descendants(command.pid)
         assert any(b"qemu" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below)
         command.send_signal(signal.SIGINT)
-        assert command.wait(30) == 130
+        assert command.wait(120) == 130
     assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]

@@ -84,7 +84,7 @@ mask)
 	;;
 unmask)
 	rm /tmp/mask
-	until [ -e /tmp/rounds ]; do usleep 100000; done
+	until [ -s /tmp/rounds ]; do usleep 100000; done
 	cat /tmp/rounds
 	rm /tmp/rounds
 	;;

@@ -31,6 +31,7 @@ from tests.vm.tcp_qemu import (
     load_kvm,
     loaded,
     mirror_rings,
+    streams,
 )
 from tests.vm.vmm_machine import Guest, booted, make_tap, resumed
 from tests.vm.vmm_traffic import (
@@ -42,7 +43,6 @@ from tests.vm.vmm_traffic import (
     interrupts,
     looked_at,
     pings,
-    streams,
     watched,
 )
 from vhostctl.host.vhost import DEFAULT_PATH

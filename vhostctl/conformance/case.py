@@ -13,7 +13,7 @@ from vhostctl.conformance.flags import Flags
 from vhostctl.conformance.target import Target
 from vhostctl.errors import InvalidArgument
 
-SECONDS = 60.0
+SECONDS = 180.0
 """Bound for one case: generous, as an emulated machine is slow and a loaded one slower."""
 
 _FLAGS = frozenset(field.name for field in dataclasses.fields(Flags))

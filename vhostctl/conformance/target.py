@@ -15,7 +15,7 @@ from vhostctl.errors import ClosedError, InvalidArgument, KernelError
 from vhostctl.host.closing import Closing
 from vhostctl.host.vhost import VhostNet
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds that `Target.wait` gives an event: emulated machines are slow, loaded ones slower."""
 
 _PAUSE = 0.002

@@ -13,7 +13,7 @@ from typing import Self
 from vhostctl.errors import VhostctlError
 from vhostctl.lab.relay import Console, Feed, MarkedStream, Ports, Wires, discard, read_some
 
-_DRAIN_SECONDS = 10.0
+_DRAIN_SECONDS = 30.0
 """How long the rest of the output may pause once the exit status is known."""
 
 # What tells most about a VM's end, best first.
