@@ -190,6 +190,17 @@ def test_a_signal_at_any_moment(
         assert not (tmp_path / "qmp").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_begins(runner: Runner, number: signal.Signals) -> None:
+    command = runner.command(FOREVER)
+    process = runner.namespace.run(lambda: subprocess.Popen(command, stdin=subprocess.DEVNULL))
+    with ended(process):
+        until(lambda: runner.tap, "its tap")
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == 128 + number
+    assert not runner.tap
+
+
 @pytest.mark.parametrize(
     ("code", "told"),
     [

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from vhostctl.cli import options
+from vhostctl.cli.interrupts import taken
 from vhostctl.control.features import Policy
 from vhostctl.control.netsetup import LinkSettings
 from vhostctl.jobs.guests import GuestIdentity
@@ -143,11 +144,18 @@ def _drive(start: Callable[[], Vm], qmp: Path | None) -> None:
     from vhostctl.host.listening import listening
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    with contextlib.ExitStack() as stack:
+    with taken() as interrupts, contextlib.ExitStack() as stack:
         sockets = [] if qmp is None else stack.enter_context(listening(qmp))
         vm = stack.enter_context(start())
         machine = vm.machine
         leave = functools.partial(machine.end, End.QUIT)
+        interrupted = interrupts.event.fileno()
+
+        def interrupt() -> None:
+            machine.loop.unwatch(interrupted)
+            leave()
+
+        machine.loop.watch(interrupted, interrupt)
         with Console(_STDIN, machine.loop, machine.serial, leave):
             if sockets:
                 _serve(vm, sockets)

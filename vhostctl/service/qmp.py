@@ -136,9 +136,12 @@ class QmpServer:
         try:
             yield
         finally:
+            # Between the two a signal would find the default, which ends the process.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, before)
             for number, handler in before.items():
                 loop.remove_signal_handler(number)
                 signal.signal(number, handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
