@@ -16,6 +16,7 @@ def test_without_a_signal_nothing_is_raised() -> None:
     before = [signal.getsignal(number) for number in NUMBERS]
     with taken() as interrupts:
         assert not interrupts.event.wait(0)
+    interrupts.check()
     assert [signal.getsignal(number) for number in NUMBERS] == before
 
 
@@ -27,6 +28,7 @@ def interrupted(first: signal.Signals, error: Exception | None = None) -> None:
             assert interrupts.event.wait(0)
         if error is not None:
             raise error
+    interrupts.check()
 
 
 def test_an_interrupt_is_raised_behind_the_block() -> None:

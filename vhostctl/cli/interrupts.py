@@ -27,7 +27,7 @@ class Interrupts:
         self.event.signal()
 
     def check(self) -> None:
-        """Raise what the signal would have raised: KeyboardInterrupt or SystemExit."""
+        """Raise, if a signal came, what it would have raised: KeyboardInterrupt or SystemExit."""
         if self._first == signal.SIGINT:
             raise KeyboardInterrupt
         if self._first is not None:
@@ -36,10 +36,10 @@ class Interrupts:
 
 @contextmanager
 def taken() -> Iterator[Interrupts]:
-    """Take SIGINT and SIGTERM within the block; if one came, its exception is raised behind it.
+    """Take SIGINT and SIGTERM within the block, where they raise nothing.
 
     An exception at any moment would now and then come between the taking of a lock and the
-    block that gives it back, and a machine of many threads then never ends.
+    block that gives it back, and what has many threads then never ends.
     """
     with EventFd.create("interrupts") as event:
         interrupts = Interrupts(event)
@@ -52,4 +52,3 @@ def taken() -> Iterator[Interrupts]:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        interrupts.check()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -16,15 +13,13 @@ from click.core import ParameterSource
 
 from vhostctl.abi import virtio
 from vhostctl.cli import asking, options, render
+from vhostctl.cli.interrupts import taken
 from vhostctl.control.features import Policy
 from vhostctl.control.netsetup import LinkSettings
 from vhostctl.jobs.up import Traffic, Up
 from vhostctl.service.spec import DeviceSpec
 
 _REFRESH = 1.0
-
-
-_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 @click.command()
@@ -134,16 +129,14 @@ def _keep(spec: DeviceSpec) -> None:
     """Keep a device until SIGINT or SIGTERM."""
     guest, identity = spec.guest_spec(), spec.identity()
     name, tap = spec.name, spec.tap
-    for number in _ENDING:
-        signal.signal(number, _end)
-    with Up(spec.wire(), guest, identity) as running:
+    with taken() as interrupts, Up(spec.wire(), guest, identity) as running:
+        interrupts.check()
         where = ", ".join(filter(None, (identity.ipv4, identity.ipv6)))
         at = f" at {where}" if where and guest.kind == "echo" else ""
-        with suppress(KeyboardInterrupt), _line() as show:
+        with _line() as show:
             click.echo(f"{name}: {tap} is up, guest {spec.guest}{at}")
             before = running.traffic()
-            while True:
-                time.sleep(_REFRESH)
+            while not interrupts.event.wait(_REFRESH):
                 running.check()
                 now = running.traffic()
                 show(f"{name}: {_rates(before, now)}")
@@ -153,13 +146,6 @@ def _keep(spec: DeviceSpec) -> None:
         f"{name}: down; guest received {total.rx_frames} frames, {total.rx_bytes} bytes, "
         f"sent {total.tx_frames} frames, {total.tx_bytes} bytes, {total.errors} errors"
     )
-
-
-def _end(_number: int, _frame: FrameType | None) -> None:
-    """End it at the first signal: what is undone then must not be left half-way by the next."""
-    for number in _ENDING:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 @contextmanager

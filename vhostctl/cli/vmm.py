@@ -163,6 +163,7 @@ def _drive(start: Callable[[], Vm], qmp: Path | None) -> None:
             while (ended := machine.wait(_LOOK)) is None:
                 pass
         now = vm.counters()
+    interrupts.check()
     click.echo(
         f"\n{ended.value}; exits to this process: {now.port_exits} port, "
         f"{now.mmio_exits} MMIO, {now.doorbell_exits} doorbells; "
