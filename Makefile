@@ -24,8 +24,11 @@ ON_ENGINE := address_space changes dirty_log doctor gso handover iotlb load many
 	     service_qmp session vmm_hostile vmm_net vmm_run vmm_suspend vmm_wild workers
 SKIPS   := --allowed-skips .ci/allowed-skips.txt
 TWO     := -n 2 --dist loadgroup
-# What runs on the host waits more than it works, and none of it for minutes.
-HOST    := -n 4 --dist loadgroup --timeout 300 --timeout-method thread
+# What runs on the host waits more than it works, and none of it for minutes: one that does
+# shows where each thread stands, and ends.
+HOST_LIMIT ?= 300
+HOST    := -n 4 --dist loadgroup --max-worker-restart 0 \
+	   -o faulthandler_timeout=$(HOST_LIMIT) -o faulthandler_exit_on_timeout=true
 MARKS   := not soak
 # What is long begins first, so that the two that run at a time end together.
 LONG    := $(patsubst %,tests/vm/test_%.py,vmm system conformance kmod)
@@ -33,7 +36,7 @@ LAB_TESTS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard tests/vm/test_*.py))
 # How much of everything, where the default is for a machine that somebody waits at.
 SOAK    := VHOSTCTL_TEST_SECONDS=60 VHOSTCTL_TEST_GSO_MIB=1024 VHOSTCTL_TEST_GSO_SETS=244 \
 	   VHOSTCTL_TEST_KILLS=200 \
-	   VHOSTCTL_VMM_SECONDS=30 VHOSTCTL_VMM_MIB=64 VHOSTCTL_TEST_LIMIT=14400
+	   VHOSTCTL_VMM_SECONDS=30 VHOSTCTL_VMM_MIB=64 VHOSTCTL_TEST_LIMIT=14400 HOST_LIMIT=14400
 
 .DELETE_ON_ERROR:
 .PHONY: demo demo-kernel demo-vmm test test-all soak lint lint-c host-test lab-test \

@@ -49,8 +49,7 @@ setup(
         "test": [
             "hypothesis>=6",
             "mypy>=1.11",
-            "pytest>=8",
-            "pytest-timeout>=2.3",
+            "pytest>=9",
             "pytest-xdist>=3",
             "qemu.qmp>=0.0.6",
             "ruff>=0.8",

@@ -124,9 +124,9 @@ long vhm_dev_read(struct vhm_dev *dev, u64 uaddr, size_t length)
 	/* Without the lock: the reader's memory may keep us waiting, but not the worker. */
 	whole = !port_copy_out(uaddr, message->bytes, VHM_MESSAGE);
 	port_lock(&dev->message_lock);
-	if (clears != dev->clears) {
-		port_free(message);	/* and counted no longer */
-	} else if (whole) {
+	if (clears != dev->clears)
+		message->queue->messages++;	/* the count began anew meanwhile */
+	if (whole) {
 		message->next = dev->pending;
 		dev->pending = message;
 	} else {

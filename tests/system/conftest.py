@@ -58,7 +58,7 @@ class Possessions:
 
 @pytest.fixture(scope="session", autouse=True)
 def _links_of_its_own() -> None:
-    """Two processes run tests: what one opens where it stands must not meet the other's."""
+    """Several processes run tests: what one opens where it stands must meet no other's."""
     unshare()
 
 

@@ -104,9 +104,9 @@ def test_sink_counts_and_recycles(features: int) -> None:
         assert b.pair.stats().rx_posted == 16
 
 
-# Seconds of this thread's own CPU time, for the machine may stand still for longer: less than
-# the slice after which a missed frame would be found anyway.
-PROMPT = 0.5
+# Seconds of this thread's own CPU time, for the machine may stand still for longer; with half
+# a CPU still less than the slice after which a missed frame would be found anyway.
+PROMPT = 0.2
 
 
 def sunk(b: Bench, count: int) -> None:

@@ -10,9 +10,8 @@ from tests.vm.conftest import LIMIT, ROOT, fetched, run
 from vhostctl.lab.kernels import Kernel
 from vhostctl.lab.vm import Machine
 
-# None of these plugins is used there, and they take seconds to start under emulation.
-PLUGINS = "-p no:cacheprovider -p no:hypothesispytest -p no:xdist -p no:timeout"
-PYTEST = f"python -m pytest {PLUGINS} -q --durations=5"
+# Neither plugin is used there, and both take seconds to start under emulation.
+PYTEST = "python -m pytest -p no:cacheprovider -p no:hypothesispytest -p no:xdist -q --durations=5"
 SKIPS = "--allowed-skips /dev/null"  # a lab's kernel has everything
 
 # A VM for each, so that two of them share the machine.

@@ -162,8 +162,8 @@ def _drive(start: Callable[[], Vm], qmp: Path | None) -> None:
             # A signal that comes just ahead of a wait is seen only when that ends.
             while (ended := machine.wait(_LOOK)) is None:
                 pass
+        interrupts.check()
         now = vm.counters()
-    interrupts.check()
     click.echo(
         f"\n{ended.value}; exits to this process: {now.port_exits} port, "
         f"{now.mmio_exits} MMIO, {now.doorbell_exits} doorbells; "

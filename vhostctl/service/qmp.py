@@ -129,19 +129,29 @@ class QmpServer:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """End the service by a signal; a second one changes nothing."""
+        # Not by the loop's own handlers: they leave the system's behind, and a signal that comes
+        # ahead of the earlier ones' return would end the process.
         loop = asyncio.get_running_loop()
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        for number in before:
-            loop.add_signal_handler(number, self._ended.set)
-        try:
-            yield
-        finally:
-            # Between the two a signal would find the default, which ends the process.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, before)
-            for number, handler in before.items():
-                loop.remove_signal_handler(number)
-                signal.signal(number, handler)
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        numbers = {signal.SIGTERM, signal.SIGINT}
+        seen, noted = socket.socketpair()
+        with seen, noted:
+            for end in (seen, noted):
+                end.setblocking(False)
+
+            def look() -> None:
+                if numbers & set(seen.recv(64)):
+                    self._ended.set()
+
+            loop.add_reader(seen, look)
+            wakeup = signal.set_wakeup_fd(noted.fileno(), warn_on_full_buffer=False)
+            before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+                signal.set_wakeup_fd(wakeup)
+                loop.remove_reader(seen)
 
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
