@@ -8,12 +8,12 @@ import os
 import select
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.system.conftest import until
 from vhostctl.abi import vhost, virtio
 from vhostctl.conformance.ring import RawRing
 from vhostctl.engine.device import Engine
@@ -21,7 +21,7 @@ from vhostctl.errors import ClosedError, KernelError, KernelPermissionError, Sta
 from vhostctl.host.eventfd import EventFd
 from vhostctl.host.memory import GuestMemory
 from vhostctl.host.vhost import RX, TX, VhostNet
-from vhostctl.host.worker import Worker, workers
+from vhostctl.host.worker import workers
 
 GPA = 0x10_0000
 NOWHERE = 1 << 57
@@ -103,16 +103,8 @@ def test_the_worker_is_a_thread_of_this_process(device: VhostNet, engine: Engine
     assert name == f"vhost-{threading.get_native_id()}"[:15]
     device.reset_owner()
     engine.ioctl(vhost.VHOST_RESET_OWNER, None)
-    assert settled_workers(before) == before
+    until(lambda: workers() == before, "both have left /proc")
     assert engine.worker() is None
-
-
-def settled_workers(wanted: set[Worker]) -> set[Worker]:
-    """Return the workers: one that has ended may be in /proc a moment longer."""
-    deadline = time.monotonic() + 20
-    while workers() != wanted and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return workers()
 
 
 def test_the_worker_takes_no_signals(engine: Engine) -> None:
@@ -137,7 +129,7 @@ def test_what_it_holds_it_gives_back() -> None:
             device.reset_owner()
             device.set_owner()
     assert descriptors() == before
-    assert settled_workers(threads) == threads
+    until(lambda: workers() == threads, "each has left /proc")
 
 
 def test_out_of_descriptors_it_says_so() -> None:
